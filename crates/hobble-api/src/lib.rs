@@ -1,0 +1,1 @@
+//! Types shared by Hobble's command line, agent and operator

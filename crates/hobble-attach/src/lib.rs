@@ -1,0 +1,1 @@
+//! The life of an attachment: pre-flight, attach, inject, update, recover

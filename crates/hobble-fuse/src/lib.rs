@@ -1,0 +1,1 @@
+//! Hobble's own FUSE kernel protocol layer

@@ -1,0 +1,1 @@
+//! Stops processes and exchanges their open files, directories and mappings

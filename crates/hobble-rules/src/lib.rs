@@ -1,0 +1,1 @@
+//! Filter, trigger and fault: from a specification to a decision, pure and repeatable

@@ -1,0 +1,1 @@
+//! Throw-away namespaces, filesystems and target programs for Hobble's tests

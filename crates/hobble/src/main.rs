@@ -1,0 +1,2 @@
+//! The hobble command.
+fn main() {}

@@ -1,0 +1,2 @@
+//! Generation, conformance and benchmarks.
+fn main() {}
