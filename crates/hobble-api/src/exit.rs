@@ -26,7 +26,7 @@ pub enum ExitCode {
     NeedsRecovery = 5,
 }
 
-impl Exit {
+impl ExitCode {
     /// Every code, in numeric order.
     pub const ALL: [ExitCode; 6] = [
         ExitCode::Ok,
