@@ -1,1 +1,7 @@
-//! Stops processes and exchanges their open files, directories and mappings
+//! Stops processes and exchanges their open files, directories and mappings.
+//!
+//! What this crate is for: to look at running processes without disturbing them ([`proc`], [`census`]), and to place and
+//! remove mounts in their namespaces ([`mounts`]). It may not know the FUSE protocol, nor what a rule is.
+
+pub mod ids;
+pub mod proc;
