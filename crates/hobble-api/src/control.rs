@@ -38,7 +38,8 @@ pub enum Request {
     Pause {},
     /// Switch the rules on. Answered by [`Answer::Done`], also when they were on.
     Resume {},
-    /// Put everything back. Streams events up to `recovered` or `failed`, then [`Answer::Done`].
+    /// Put everything back. Answered by [`Answer::Done`] once it has been; what happens meanwhile is told to those who
+    /// follow the events.
     Recover {
         /// Go on although something can then not be put back.
         #[serde(default)]
@@ -49,7 +50,7 @@ pub enum Request {
         /// Stay connected for those to come, until the attachment ends.
         #[serde(default)]
         follow: bool,
-        /// Only events with a greater sequence number; absent means all that are kept.
+        /// Only events from this sequence number on; absent means all that are kept.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         since: Option<u64>,
     },

@@ -22,8 +22,8 @@ pub struct Event {
     pub time: Timestamp,
     /// The attachment it belongs to.
     pub id: String,
-    /// Its number among the events of the attachment, from 1 up; absent on events that the attachment did not record
-    /// (those before its journal existed).
+    /// Its number among the events of the attachment, from 0 up without gaps; absent on events that the attachment did
+    /// not record (those before its journal existed).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seq: Option<u64>,
     /// What happened.
