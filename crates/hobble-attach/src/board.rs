@@ -1,0 +1,99 @@
+//! What the outside may see of an attachment: its status and its events.
+//!
+//! Invariant: events are numbered without gaps from 0 and never change; a follower that knows its last number misses nothing as
+//! long as the log holds it. The board is written by the engine only.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use hobble_api::Timestamp;
+use hobble_api::event::{Event, EventKind};
+use hobble_api::status::Status;
+
+/// Events kept for late followers; an attachment that is updated every second fills this in almost three hours.
+const KEPT_EVENTS: usize = 10_000;
+
+#[derive(Debug)]
+struct State {
+    status: Status,
+    events: VecDeque<Event>,
+    next: u64,
+    closed: bool,
+}
+
+/// The board of one attachment.
+#[derive(Debug)]
+pub(crate) struct Board {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Board {
+    /// A board that shows `status` and no event.
+    pub(crate) fn new(status: Status) -> Self {
+        Self {
+            state: Mutex::new(State { status, events: VecDeque::new(), next: 0, closed: false }),
+            changed: Condvar::new(),
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The status as it was last written.
+    pub(crate) fn status(&self) -> Status {
+        self.lock().status.clone()
+    }
+
+    /// Changes the status.
+    pub(crate) fn edit(&self, change: impl FnOnce(&mut Status)) {
+        change(&mut self.lock().status);
+    }
+
+    /// Publishes an event.
+    pub(crate) fn publish(&self, kind: EventKind) {
+        let mut state = self.lock();
+        let mut event = Event::new(Timestamp::now(), state.status.id.clone(), kind);
+        event.seq = Some(state.next);
+        state.next += 1;
+        if state.events.len() == KEPT_EVENTS {
+            state.events.pop_front();
+        }
+        state.events.push_back(event);
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// No event will follow; followers end.
+    pub(crate) fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_all();
+    }
+
+    /// Whether [`Board::close`] has been called.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
+    /// The events from number `since` on; waits for one at most `timeout`. `None` when there will be none any more.
+    pub(crate) fn events_since(&self, since: u64, timeout: Duration) -> Option<Vec<Event>> {
+        let until = Instant::now() + timeout;
+        let mut state = self.lock();
+        loop {
+            let found: Vec<Event> = state.events.iter().filter(|event| event.seq.is_some_and(|seq| seq >= since)).cloned().collect();
+            if !found.is_empty() {
+                return Some(found);
+            }
+            if state.closed {
+                return None;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Some(Vec::new());
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! The holder: the process that keeps every descriptor of an attachment alive when the server dies.
+//!
+//! Invariant: the holder is cloned from before any thread exists and shares the server's descriptor table, so the original open
+//! file descriptions of the target, their locks, unlinked files and the FUSE connection outlive the server by any way it may die. It
+//! does nothing but wait, and it ends only when the attachment is over or somebody else has undone it.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, WaitOptions};
+
+use crate::session::ServeConfig;
+use crate::state_dir::StateDir;
+use crate::sys::{self, Side};
+
+/// The server has ended the attachment; nothing is left.
+pub(crate) const DONE: i32 = 0;
+/// The server could not put everything back; the holder must stay for `hobble recover`.
+pub(crate) const NEEDS_RECOVERY: i32 = 5;
+
+const SIGNALS: [i32; 4] = [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+/// How often a recovery that failed is tried again before the holder only waits for `hobble recover`.
+const RECOVERY_TRIES: u32 = 5;
+
+/// What the hidden command `__serve` runs: becomes the holder, clones the server, and returns the exit status of the process it finds
+/// itself in. Its standard input is the lifeline, which first says what to do; its standard error is the attachment's log.
+#[must_use]
+pub fn serve_entry() -> i32 {
+    match prepare() {
+        Ok((config, lifeline)) => hold(config, lifeline),
+        Err(problem) => {
+            tracing::error!(problem, "the server cannot start");
+            1
+        }
+    }
+}
+
+fn prepare() -> Result<(ServeConfig, UnixStream), String> {
+    let lifeline = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().map_err(|error| format!("standard input: {error}"))?);
+    let mut line = String::new();
+    lifeline.set_read_timeout(Some(Duration::from_secs(10))).map_err(|error| format!("standard input is not a socket: {error}"))?;
+    BufReader::new(&lifeline).read_line(&mut line).map_err(|error| format!("read the configuration: {error}"))?;
+    let config: ServeConfig = serde_json::from_str(&line).map_err(|error| format!("the configuration: {error}"))?;
+    crate::fault_point::arm_from_environment()?;
+    // Whatever leads a terminal or a service must not take the holder with it.
+    let _ = rustix::process::setsid();
+    let null = File::options().read(true).write(true).open("/dev/null").map_err(|error| format!("open /dev/null: {error}"))?;
+    rustix::stdio::dup2_stdin(&null).map_err(|error| format!("detach standard input: {error}"))?;
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    raise_descriptor_limit();
+    // The target must not lose its files because the machine ran out of memory; needs CAP_SYS_RESOURCE, done where it can be.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
+    Ok((config, lifeline))
+}
+
+/// Moves the soft limit to the hard one: an attachment keeps one descriptor for every one it moves.
+fn raise_descriptor_limit() {
+    let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = rustix::process::setrlimit(rustix::process::Resource::Nofile, limit) {
+        tracing::warn!(%error, "the limit of open files cannot be raised");
+    }
+}
+
+fn hold(config: ServeConfig, lifeline: UnixStream) -> i32 {
+    sys::block_signals(&SIGNALS);
+    let holder = rustix::process::getpid();
+    let mut server = match sys::clone_sharing_descriptors() {
+        Ok(Side::Child) => {
+            sys::unblock_signals(&SIGNALS);
+            return crate::server::run(config, lifeline, holder);
+        }
+        Ok(Side::Parent(server)) => server,
+        Err(error) => {
+            tracing::error!(%error, "the server cannot be cloned");
+            return 1;
+        }
+    };
+    // The lifeline stays open in the shared table; the holder itself has no use for its copy and must not close it.
+    std::mem::forget(OwnedFd::from(lifeline));
+    let mut tries = 0;
+    loop {
+        let code = wait_for(server);
+        match code {
+            Some(DONE) => return DONE,
+            Some(code) => tracing::warn!(code, "the server could not put everything back"),
+            None => tracing::warn!("the server was killed"),
+        }
+        if tries == RECOVERY_TRIES {
+            tracing::error!(id = config.id, "recovery failed; run `hobble recover`");
+            return wait_until_undone(&config);
+        }
+        if tries > 0 {
+            std::thread::sleep(Duration::from_millis(200) * tries);
+        }
+        tries += 1;
+        match sys::clone_sharing_descriptors() {
+            Ok(Side::Child) => {
+                sys::unblock_signals(&SIGNALS);
+                return crate::recover::successor(&config, holder);
+            }
+            Ok(Side::Parent(successor)) => server = successor,
+            Err(error) => tracing::error!(%error, "no successor can be cloned"),
+        }
+    }
+}
+
+/// Waits for the server's end and hands signals on to it: `None` when a signal killed it.
+fn wait_for(server: i32) -> Option<i32> {
+    let pid = Pid::from_raw(server)?;
+    loop {
+        match rustix::process::waitpid(Some(pid), WaitOptions::NOHANG) {
+            Ok(Some((_, status))) if status.exited() => return status.exit_status(),
+            Ok(Some((_, status))) if status.signaled() => return None,
+            Err(rustix::io::Errno::CHILD) => return None,
+            _ => {}
+        }
+        match sys::wait_signal(&SIGNALS, Duration::from_secs(1)) {
+            Some(signal) if signal != libc::SIGCHLD => {
+                if let Some(signal) = Signal::from_named_raw(signal) {
+                    let _ = rustix::process::kill_process(pid, signal);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Keeps the descriptors until the attachment's directory is gone, which is the last thing that `hobble recover` does, or until told to end.
+fn wait_until_undone(config: &ServeConfig) -> i32 {
+    loop {
+        let gone = StateDir::open(&config.state_dir, false).and_then(|state| state.attachment(&config.id)).is_err();
+        if gone || matches!(sys::wait_signal(&SIGNALS, Duration::from_secs(1)), Some(libc::SIGTERM)) {
+            return NEEDS_RECOVERY;
+        }
+    }
+}

@@ -1,0 +1,361 @@
+//! The on-disk record that lets a fresh process undo an attachment.
+//!
+//! Invariant: a record that says how to undo a step is in the file before the step is taken. One record a line, `CRC32 JSON`; only
+//! ever appended. The state directory is on a tmpfs and every record names its boot, so nothing is synced: a journal that survives
+//! a crash of the machine describes processes that no longer exist.
+//!
+//! Reading treats the file as hostile: bounded in size and line length, every line checked, a process named by pid *and* start time. Only
+//! a last line without its newline, cut off by the writer's death, is forgiven.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+
+use serde::{Deserialize, Serialize};
+
+/// A process that cannot be mistaken for a later one with the same pid (`/proc/<pid>/stat` field 22).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) struct Who {
+    /// The pid as the host's pid namespace numbers it.
+    pub(crate) pid: i32,
+    /// Start time in clock ticks since boot.
+    pub(crate) start: u64,
+}
+
+/// Where a moved open file description was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Place {
+    /// The process.
+    #[serde(flatten)]
+    pub(crate) who: Who,
+    /// The descriptor number.
+    pub(crate) fd: i32,
+}
+
+/// One moved description: the descriptor of the holder's that keeps the original.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Kept {
+    /// The holder's descriptor number.
+    pub(crate) holder_fd: i32,
+    /// Device number of the original.
+    pub(crate) dev: u64,
+    /// Inode number of the original.
+    pub(crate) ino: u64,
+    /// Every descriptor that shared the description.
+    pub(crate) places: Vec<Place>,
+}
+
+/// A POSIX lock that a target held when it was moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PosixLock {
+    /// The owner.
+    #[serde(flatten)]
+    pub(crate) who: Who,
+    /// Device number of the file.
+    pub(crate) dev: u64,
+    /// Inode number of the file.
+    pub(crate) ino: u64,
+    /// Whether it excludes readers.
+    pub(crate) write: bool,
+    /// First byte.
+    pub(crate) start_byte: u64,
+    /// Last byte; `u64::MAX` for "to the end".
+    pub(crate) end_byte: u64,
+}
+
+/// One line of the journal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "record", rename_all = "snake_case", deny_unknown_fields)]
+pub(crate) enum Record {
+    /// The first record.
+    Opened {
+        /// Format version; 1.
+        v: u32,
+        /// The attachment.
+        id: String,
+        /// `/proc/sys/kernel/random/boot_id`.
+        boot_id: String,
+        /// Seconds since the epoch.
+        created: u64,
+    },
+    /// Who keeps the descriptors.
+    Holder(Who),
+    /// Who answers FUSE; again for every successor.
+    Server(Who),
+    /// What is attached.
+    Attachment {
+        /// The process the user named.
+        target: Who,
+        /// `tree` or `namespace`.
+        scope: String,
+        /// Inode of the target's mount namespace.
+        mount_ns: u64,
+        /// The volume as the target sees it.
+        #[serde(with = "bytes")]
+        path: Vec<u8>,
+        /// Device number of the hook (`st_dev`), once there is a connection.
+        hook_dev: u64,
+    },
+    /// Descriptions that are about to be moved.
+    Keeping {
+        /// All of them, or a batch.
+        kept: Vec<Kept>,
+    },
+    /// POSIX locks that are about to be handed over.
+    Locks {
+        /// All of them.
+        posix: Vec<PosixLock>,
+    },
+    /// These processes are about to be stopped.
+    Stopping {
+        /// All of them.
+        processes: Vec<Who>,
+    },
+    /// The hook is about to be placed.
+    Placing {
+        /// Propagation of the covering mount as it was, to be restored.
+        #[serde(default)]
+        propagation: Option<String>,
+    },
+    /// Something is about to be left in a process, until the routine in it ends.
+    Residue {
+        /// The process.
+        who: Who,
+        /// As `hobble-graft` writes it.
+        what: serde_json::Value,
+    },
+    /// Descriptors are about to be exchanged.
+    Grafting,
+    /// Everything has been let go and runs on the hook.
+    Attached,
+    /// Recovery began.
+    Recovering {
+        /// Why.
+        why: String,
+    },
+    /// The hook is off and the target native; only late descriptors, if any, remain.
+    Recovered {
+        /// How many descriptions stay on the hook until they are closed.
+        left: u32,
+    },
+}
+
+/// Bytes of a path: as text where they are text, else in hexadecimal behind a NUL (which no path holds).
+mod bytes {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        match std::str::from_utf8(bytes) {
+            Ok(text) => serializer.serialize_str(text),
+            Err(_) => {
+                let mut text = String::from("\0");
+                for byte in bytes {
+                    text.push_str(&format!("{byte:02x}"));
+                }
+                serializer.serialize_str(&text)
+            }
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let Some(hex) = text.strip_prefix('\0') else { return Ok(text.into_bytes()) };
+        hex.as_bytes()
+            .chunks(2)
+            .map(|pair| {
+                std::str::from_utf8(pair)
+                    .ok()
+                    .filter(|pair| pair.len() == 2)
+                    .and_then(|pair| u8::from_str_radix(pair, 16).ok())
+                    .ok_or_else(|| D::Error::custom("path is not hexadecimal"))
+            })
+            .collect()
+    }
+}
+
+/// What is wrong with a journal.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// Reading or writing failed.
+    #[error("{op} the journal")]
+    Io {
+        /// What was attempted.
+        op: &'static str,
+        /// The errno.
+        source: io::Error,
+    },
+    /// It is larger than any attachment writes.
+    #[error("the journal is larger than {limit} bytes")]
+    TooLarge {
+        /// The bound.
+        limit: u64,
+    },
+    /// A line is not one that Hobble wrote.
+    #[error("journal line {line} is damaged: {problem}")]
+    Damaged {
+        /// Counted from 1.
+        line: usize,
+        /// What is wrong.
+        problem: String,
+    },
+    /// It tells of another boot or another attachment.
+    #[error("the journal is not this attachment's: {problem}")]
+    Foreign {
+        /// What differs.
+        problem: String,
+    },
+}
+
+/// No attachment writes more: 20,000 descriptors take about 3 MiB.
+const MAX_BYTES: u64 = 64 << 20;
+
+/// An open journal.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    file: File,
+}
+
+impl Journal {
+    /// A journal on a file opened for appending.
+    pub(crate) fn new(file: File) -> Self {
+        Self { file }
+    }
+
+    /// Appends one record; when this returns an error the step it announces must not be taken.
+    pub(crate) fn append(&mut self, record: &Record) -> Result<(), JournalError> {
+        let json = serde_json::to_string(record).map_err(|e| JournalError::Io { op: "encode a record for", source: e.into() })?;
+        let line = format!("{:08x} {json}\n", crc32(json.as_bytes()));
+        // One write() to an O_APPEND file: a death in between leaves at most one line without its newline.
+        self.file.write_all(line.as_bytes()).map_err(|source| JournalError::Io { op: "write", source })
+    }
+}
+
+/// Everything a journal says, in order.
+pub(crate) fn read(file: File) -> Result<Vec<Record>, JournalError> {
+    let mut text = Vec::new();
+    let size = file.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(|source| JournalError::Io { op: "read", source })?;
+    if size as u64 > MAX_BYTES {
+        return Err(JournalError::TooLarge { limit: MAX_BYTES });
+    }
+    parse(&text)
+}
+
+/// Parses the bytes of a journal.
+pub(crate) fn parse(text: &[u8]) -> Result<Vec<Record>, JournalError> {
+    let mut records = Vec::new();
+    let mut lines: Vec<&[u8]> = text.split(|&b| b == b'\n').collect();
+    // What follows the last newline was being written when its writer died.
+    lines.pop();
+    for (index, line) in lines.into_iter().enumerate() {
+        let damaged = |problem: String| JournalError::Damaged { line: index + 1, problem };
+        let (sum, json) = line
+            .split_at_checked(9)
+            .filter(|(sum, _)| sum.last() == Some(&b' '))
+            .ok_or_else(|| damaged("it has no checksum".into()))?;
+        let sum = sum
+            .get(..8)
+            .and_then(|hex| std::str::from_utf8(hex).ok())
+            .and_then(|hex| u32::from_str_radix(hex, 16).ok())
+            .ok_or_else(|| damaged("its checksum is not hexadecimal".into()))?;
+        if sum != crc32(json) {
+            return Err(damaged("its checksum does not match".into()));
+        }
+        let record: Record = serde_json::from_slice(json).map_err(|e| damaged(e.to_string()))?;
+        let first = index == 0;
+        if first != matches!(record, Record::Opened { .. }) {
+            return Err(damaged(if first { "the first record must open the journal" } else { "the journal is opened twice" }.into()));
+        }
+        if let Record::Opened { v, .. } = &record
+            && *v != 1
+        {
+            return Err(damaged(format!("format version {v} is not known to this version of Hobble")));
+        }
+        records.push(record);
+    }
+    Ok(records)
+}
+
+/// CRC-32 (IEEE 802.3), bit by bit: a few hundred lines per attachment need no table.
+fn crc32(bytes: &[u8]) -> u32 {
+    let mut crc = u32::MAX;
+    for byte in bytes {
+        crc ^= u32::from(*byte);
+        for _ in 0..8 {
+            crc = if crc & 1 == 1 { (crc >> 1) ^ 0xedb8_8320 } else { crc >> 1 };
+        }
+    }
+    !crc
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn sample() -> Vec<Record> {
+        let who = Who { pid: 42, start: 4711 };
+        vec![
+            Record::Opened { v: 1, id: "abcd".into(), boot_id: "b".into(), created: 1 },
+            Record::Holder(who),
+            Record::Attachment { target: who, scope: "tree".into(), mount_ns: 1, path: b"/data/\xff".to_vec(), hook_dev: 7 },
+            Record::Keeping { kept: vec![Kept { holder_fd: 9, dev: 1, ino: 2, places: vec![Place { who, fd: 3 }] }] },
+            Record::Attached,
+        ]
+    }
+
+    fn written(records: &[Record]) -> Vec<u8> {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("journal");
+        let mut journal = Journal::new(File::options().append(true).create(true).open(&path).expect("open"));
+        for record in records {
+            journal.append(record).expect("append");
+        }
+        std::fs::read(&path).expect("read")
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        assert_eq!(parse(&written(&sample())).expect("parse"), sample());
+    }
+
+    #[test]
+    fn crc_is_the_standard_one() {
+        assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
+    }
+
+    #[test]
+    fn a_cut_last_line_is_forgiven_and_a_cut_middle_is_not() {
+        let text = written(&sample());
+        assert_eq!(parse(&text[..text.len() - 5]).expect("parse").len(), sample().len() - 1);
+        let mut holed = text.clone();
+        holed.drain(20..40);
+        assert!(matches!(parse(&holed), Err(JournalError::Damaged { line: 1, .. })));
+    }
+
+    #[test]
+    fn every_single_changed_byte_is_noticed() {
+        let text = written(&sample());
+        for position in 0..text.len() - 1 {
+            let mut changed = text.clone();
+            changed[position] ^= 0x01;
+            if let Ok(records) = parse(&changed) {
+                // Only the last line may vanish, when its newline is what changed.
+                assert_ne!(records, sample(), "byte {position}");
+                assert!(records.len() < sample().len());
+            }
+        }
+    }
+
+    #[test]
+    fn a_journal_opened_twice_is_refused() {
+        let mut text = written(&sample());
+        text.extend(written(&sample()));
+        assert!(matches!(parse(&text), Err(JournalError::Damaged { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn nonsense_never_panics(text in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let _ = parse(&text);
+        }
+    }
+}
