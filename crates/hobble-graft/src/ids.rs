@@ -81,6 +81,32 @@ macro_rules! as_number {
 }
 as_number!(Pid, Tid, Fd);
 
+/// The kernel's number of a mount, as in `/proc/<pid>/mountinfo`, `fdinfo` and `STATX_MNT_ID`. Handed out again once the mount
+/// is gone; [`crate::mounts`] uses the number that is never handed out again where identity matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MountId(pub u64);
+
+impl fmt::Display for MountId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A device number: of a filesystem (`st_dev`), or of a device file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Device {
+    /// The driver's half.
+    pub major: u32,
+    /// The driver's own number.
+    pub minor: u32,
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.major, self.minor)
+    }
+}
+
 /// A process that stays the same process: its pid and the time it started.
 ///
 /// Within one boot the pair is unique (the kernel hands a pid out again only after the process is gone, and the start time
@@ -100,7 +126,10 @@ impl ProcessId {
     /// [`ProcError::Gone`] when no process has that pid, else the failing read.
     pub fn of(pid: Pid) -> Result<Self, ProcError> {
         let stat = stat::of_process(pid)?;
-        Ok(Self { pid, start_time: stat.start_time })
+        Ok(Self {
+            pid,
+            start_time: stat.start_time,
+        })
     }
 
     /// Our own process.
@@ -111,13 +140,14 @@ impl ProcessId {
         Self::of(Pid::own())
     }
 
-    /// Whether this very process still runs. A zombie does not: it has neither memory nor descriptors any more.
+    /// Whether this very process still runs. A zombie does not: it has neither memory nor descriptors any more. A process whose
+    /// first thread has ended while others go on looks like a zombie in `stat`, but has more than one thread, and is alive.
     ///
     /// # Errors
     /// When `/proc` cannot be read for another reason than the process being gone.
     pub fn is_alive(self) -> Result<bool, ProcError> {
         match stat::of_process(self.pid) {
-            Ok(stat) => Ok(stat.start_time == self.start_time && !stat.state.is_dead()),
+            Ok(stat) => Ok(stat.start_time == self.start_time && !stat.has_ended()),
             Err(ProcError::Gone { .. }) => Ok(false),
             Err(error) => Err(error),
         }
@@ -153,7 +183,11 @@ impl BootId {
         let hyphens = [8, 13, 18, 23];
         let good = text.len() == 36
             && text.iter().enumerate().all(|(i, b)| {
-                if hyphens.contains(&i) { *b == b'-' } else { matches!(b, b'0'..=b'9' | b'a'..=b'f') }
+                if hyphens.contains(&i) {
+                    *b == b'-'
+                } else {
+                    matches!(b, b'0'..=b'9' | b'a'..=b'f')
+                }
             });
         good.then(|| Self(String::from_utf8_lossy(text).into_owned()))
     }
@@ -187,19 +221,28 @@ mod tests {
     fn own_process_is_alive_and_a_reused_pid_is_not() {
         let own = ProcessId::own().unwrap();
         assert!(own.is_alive().unwrap());
-        let other = ProcessId { start_time: own.start_time + 1, ..own };
+        let other = ProcessId {
+            start_time: own.start_time + 1,
+            ..own
+        };
         assert!(!other.is_alive().unwrap());
     }
 
     #[test]
     fn a_zombie_is_not_alive() {
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
         let id = ProcessId::of(Pid::new(child.id() as i32).unwrap()).unwrap();
         assert!(id.is_alive().unwrap());
         child.kill().unwrap();
         let end = std::time::Instant::now() + std::time::Duration::from_secs(5);
         while id.is_alive().unwrap() {
-            assert!(std::time::Instant::now() < end, "a killed child stays alive");
+            assert!(
+                std::time::Instant::now() < end,
+                "a killed child stays alive"
+            );
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         child.wait().unwrap();

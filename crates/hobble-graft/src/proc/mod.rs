@@ -10,6 +10,9 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
+pub mod fdinfo;
+pub mod locks;
+pub mod maps;
 pub mod stat;
 mod text;
 
@@ -54,14 +57,22 @@ impl ProcError {
     pub(crate) fn errno(path: &Path, errno: Errno) -> Self {
         // ENOENT when the directory of the process has gone, ESRCH when it went between open and read (fs/proc/base.c).
         if errno == Errno::NOENT || errno == Errno::SRCH {
-            Self::Gone { path: path.to_owned() }
+            Self::Gone {
+                path: path.to_owned(),
+            }
         } else {
-            Self::Read { path: path.to_owned(), errno }
+            Self::Read {
+                path: path.to_owned(),
+                errno,
+            }
         }
     }
 
     pub(crate) fn parse(path: &Path, source: ParseError) -> Self {
-        Self::Parse { path: path.to_owned(), source }
+        Self::Parse {
+            path: path.to_owned(),
+            source,
+        }
     }
 
     /// Whether the process or thread was simply no longer there.

@@ -82,6 +82,12 @@ pub struct Stat {
 }
 
 impl Stat {
+    /// Whether the whole process has ended, and only its parent has not yet asked for its exit status. (For the `stat` of a
+    /// process. A first thread that called `pthread_exit` is a zombie among living threads.)
+    pub fn has_ended(&self) -> bool {
+        self.state.is_dead() && self.threads <= 1
+    }
+
     /// In `do_exit`: no signal, and no stop, reaches it any more.
     pub fn is_exiting(&self) -> bool {
         self.flags & PF_EXITING != 0
@@ -101,12 +107,18 @@ pub fn parse(text: &[u8]) -> Result<Stat, ParseError> {
     let mut at = Cursor::new(text);
     let id = signed_i32(&mut at, "a process id")?;
     at.literal(b" (", "a name in brackets")?;
-    let close = at.rest().iter().rposition(|b| *b == b')').ok_or_else(|| at.error("a name in brackets"))?;
+    let close = at
+        .rest()
+        .iter()
+        .rposition(|b| *b == b')')
+        .ok_or_else(|| at.error("a name in brackets"))?;
     let name = at.rest().get(..close).unwrap_or_default().to_owned();
     at.literal(&name, "a name in brackets")?;
     at.literal(b") ", "a space after the name")?;
     let letter = at.word("a state letter")?;
-    let [letter] = letter else { return Err(at.error("one state letter")) };
+    let [letter] = letter else {
+        return Err(at.error("one state letter"));
+    };
     at.blanks();
     let parent = signed_i32(&mut at, "a parent's process id")?;
     // Fields 5 to 8: pgrp, session, tty_nr, tpgid.
@@ -120,7 +132,15 @@ pub fn parse(text: &[u8]) -> Result<Stat, ParseError> {
     skip(&mut at, 1)?;
     at.blanks();
     let start_time = at.decimal("a start time")?;
-    Ok(Stat { id, name, state: State::from_letter(*letter), parent, flags, threads, start_time })
+    Ok(Stat {
+        id,
+        name,
+        state: State::from_letter(*letter),
+        parent,
+        flags,
+        threads,
+        start_time,
+    })
 }
 
 fn signed_i32(at: &mut Cursor<'_>, expected: &'static str) -> Result<i32, ParseError> {
@@ -167,7 +187,10 @@ mod tests {
     fn names_may_hold_brackets_spaces_and_newlines() {
         let stat = parse(LINE).unwrap();
         assert_eq!(stat.name, b"a) (b c\n");
-        assert_eq!((stat.id, stat.parent, stat.threads, stat.start_time), (4242, 1, 3, 91234));
+        assert_eq!(
+            (stat.id, stat.parent, stat.threads, stat.start_time),
+            (4242, 1, 3, 91234)
+        );
         assert_eq!(stat.state, State::Sleeping);
         assert!(!stat.is_exiting() && !stat.is_kernel_thread());
     }
@@ -175,9 +198,18 @@ mod tests {
     #[test]
     fn errors_have_places() {
         assert_eq!(parse(b""), Err(ParseError::new(0, "a process id")));
-        assert_eq!(parse(b"12 name"), Err(ParseError::new(2, "a name in brackets")));
-        assert_eq!(parse(b"12 (x) SS 1"), Err(ParseError::new(9, "one state letter")));
-        assert_eq!(parse(b"12 (x) S 1 2 3"), Err(ParseError::new(14, "a number")));
+        assert_eq!(
+            parse(b"12 name"),
+            Err(ParseError::new(2, "a name in brackets"))
+        );
+        assert_eq!(
+            parse(b"12 (x) SS 1"),
+            Err(ParseError::new(9, "one state letter"))
+        );
+        assert_eq!(
+            parse(b"12 (x) S 1 2 3"),
+            Err(ParseError::new(14, "a number"))
+        );
     }
 
     #[test]
@@ -193,6 +225,10 @@ mod tests {
 
     #[test]
     fn no_such_process_is_gone() {
-        assert!(of_process(Pid::new(i32::MAX).unwrap()).unwrap_err().is_gone());
+        assert!(
+            of_process(Pid::new(i32::MAX).unwrap())
+                .unwrap_err()
+                .is_gone()
+        );
     }
 }

@@ -54,8 +54,16 @@ impl<'a> Cursor<'a> {
     }
 
     /// Steps over `literal`, which must be next.
-    pub(crate) fn literal(&mut self, literal: &[u8], expected: &'static str) -> Result<(), ParseError> {
-        if self.try_literal(literal) { Ok(()) } else { Err(self.error(expected)) }
+    pub(crate) fn literal(
+        &mut self,
+        literal: &[u8],
+        expected: &'static str,
+    ) -> Result<(), ParseError> {
+        if self.try_literal(literal) {
+            Ok(())
+        } else {
+            Err(self.error(expected))
+        }
     }
 
     /// Steps over `literal` if it is next.
@@ -69,19 +77,39 @@ impl<'a> Cursor<'a> {
 
     /// Steps over spaces and tabs; there may be none.
     pub(crate) fn blanks(&mut self) {
-        let n = self.rest().iter().take_while(|b| matches!(b, b' ' | b'\t')).count();
+        let n = self
+            .rest()
+            .iter()
+            .take_while(|b| matches!(b, b' ' | b'\t'))
+            .count();
         self.advance(n);
     }
 
     /// The bytes up to the next blank, newline or the end; at least one.
     pub(crate) fn word(&mut self, expected: &'static str) -> Result<&'a [u8], ParseError> {
-        let n = self.rest().iter().take_while(|b| !matches!(b, b' ' | b'\t' | b'\n')).count();
-        if n == 0 { Err(self.error(expected)) } else { Ok(self.advance(n)) }
+        let n = self
+            .rest()
+            .iter()
+            .take_while(|b| !matches!(b, b' ' | b'\t' | b'\n'))
+            .count();
+        if n == 0 {
+            Err(self.error(expected))
+        } else {
+            Ok(self.advance(n))
+        }
     }
 
     /// The bytes up to `end`, which is stepped over too.
-    pub(crate) fn until(&mut self, end: u8, expected: &'static str) -> Result<&'a [u8], ParseError> {
-        let n = self.rest().iter().position(|b| *b == end).ok_or_else(|| self.error(expected))?;
+    pub(crate) fn until(
+        &mut self,
+        end: u8,
+        expected: &'static str,
+    ) -> Result<&'a [u8], ParseError> {
+        let n = self
+            .rest()
+            .iter()
+            .position(|b| *b == end)
+            .ok_or_else(|| self.error(expected))?;
         let found = self.advance(n);
         self.advance(1);
         Ok(found)
@@ -99,12 +127,19 @@ impl<'a> Cursor<'a> {
     pub(crate) fn line_cursor(&mut self) -> Cursor<'a> {
         let from = self.at;
         let end = from + self.line().len();
-        Cursor { text: self.text.get(..end).unwrap_or_default(), at: from }
+        Cursor {
+            text: self.text.get(..end).unwrap_or_default(),
+            at: from,
+        }
     }
 
     /// The end of the line, which must be next.
     pub(crate) fn end(&self) -> Result<(), ParseError> {
-        if self.is_empty() { Ok(()) } else { Err(self.error("the end of the line")) }
+        if self.is_empty() {
+            Ok(())
+        } else {
+            Err(self.error("the end of the line"))
+        }
     }
 
     /// A number without sign in `radix` (at most 16), as the kernel prints it: at least one digit and no overflow.
@@ -112,7 +147,9 @@ impl<'a> Cursor<'a> {
         let mut value: u64 = 0;
         let mut digits = 0usize;
         for byte in self.rest() {
-            let Some(digit) = char::from(*byte).to_digit(radix) else { break };
+            let Some(digit) = char::from(*byte).to_digit(radix) else {
+                break;
+            };
             value = value
                 .checked_mul(u64::from(radix))
                 .and_then(|v| v.checked_add(u64::from(digit)))
@@ -148,7 +185,11 @@ impl<'a> Cursor<'a> {
         let place = self.error(expected);
         let negative = self.try_literal(b"-");
         let value = self.decimal(expected)?;
-        let signed = if negative { 0i64.checked_sub_unsigned(value) } else { i64::try_from(value).ok() };
+        let signed = if negative {
+            0i64.checked_sub_unsigned(value)
+        } else {
+            i64::try_from(value).ok()
+        };
         signed.ok_or(place)
     }
 }
@@ -159,7 +200,12 @@ pub(crate) fn unescape(text: &[u8]) -> Vec<u8> {
     let mut rest = text;
     while let Some((first, tail)) = rest.split_first() {
         match tail {
-            [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', after @ ..] if *first == b'\\' => {
+            [
+                a @ b'0'..=b'3',
+                b @ b'0'..=b'7',
+                c @ b'0'..=b'7',
+                after @ ..,
+            ] if *first == b'\\' => {
                 bytes.push(((a - b'0') << 6) | ((b - b'0') << 3) | (c - b'0'));
                 rest = after;
             }
@@ -178,12 +224,24 @@ mod tests {
 
     #[test]
     fn numbers_know_their_limits() {
-        assert_eq!(Cursor::new(b"18446744073709551615x").decimal("n"), Ok(u64::MAX));
-        assert_eq!(Cursor::new(b"18446744073709551616").decimal("n"), Err(ParseError::new(0, "n")));
+        assert_eq!(
+            Cursor::new(b"18446744073709551615x").decimal("n"),
+            Ok(u64::MAX)
+        );
+        assert_eq!(
+            Cursor::new(b"18446744073709551616").decimal("n"),
+            Err(ParseError::new(0, "n"))
+        );
         assert_eq!(Cursor::new(b"ffFF ").hex("n"), Ok(0xffff));
         assert_eq!(Cursor::new(b"0104002").octal("n"), Ok(0o104_002));
-        assert_eq!(Cursor::new(b"-9223372036854775808").signed("n"), Ok(i64::MIN));
-        assert_eq!(Cursor::new(b"9223372036854775808").signed("n"), Err(ParseError::new(0, "n")));
+        assert_eq!(
+            Cursor::new(b"-9223372036854775808").signed("n"),
+            Ok(i64::MIN)
+        );
+        assert_eq!(
+            Cursor::new(b"9223372036854775808").signed("n"),
+            Err(ParseError::new(0, "n"))
+        );
         assert_eq!(Cursor::new(b"-").signed("n"), Err(ParseError::new(1, "n")));
         assert_eq!(Cursor::new(b"").decimal("n"), Err(ParseError::new(0, "n")));
     }
@@ -195,7 +253,10 @@ mod tests {
         let mut line = text.line_cursor();
         assert_eq!(line.word("w"), Ok(&b"two"[..]));
         line.blanks();
-        assert_eq!(line.literal(b"3", "three"), Err(ParseError::new(8, "three")));
+        assert_eq!(
+            line.literal(b"3", "three"),
+            Err(ParseError::new(8, "three"))
+        );
         assert!(text.is_empty());
     }
 
