@@ -3,6 +3,9 @@
 //! What this crate is for: to look at running processes without disturbing them ([`proc`], [`census`]), and to place and
 //! remove mounts in their namespaces ([`mounts`]). It may not know the FUSE protocol, nor what a rule is.
 
+mod arch;
 pub mod census;
 pub mod ids;
 pub mod proc;
+pub mod stop;
+mod sys;

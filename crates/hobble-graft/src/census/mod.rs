@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use crate::ids::{Device, Fd, MountId, Pid, ProcessId, Tid};
 use crate::proc::locks::FileLock;
 use crate::proc::maps::{Protection, VmFlags};
+pub use crate::proc::pagemap::AddressRange;
 
 /// A descriptor table (`files_struct`) of this census.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -272,15 +273,6 @@ pub struct Mapping {
     pub dirty: Vec<AddressRange>,
     /// Guard regions (`MADV_GUARD_INSTALL`), as address ranges, ascending and not touching.
     pub guards: Vec<AddressRange>,
-}
-
-/// Addresses of a process, multiples of its page size.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct AddressRange {
-    /// First byte.
-    pub start: u64,
-    /// First byte after it.
-    pub end: u64,
 }
 
 /// A FIFO, socket or device of the volume that is open. Never moved: what is open stays with the kernel's object, which is the

@@ -167,7 +167,7 @@ mod tests {
         );
         assert_eq!(
             parse(b"pos:\t1\nflags:\t0\nmnt_id:\t1\nino:\t1"),
-            Err(ParseError::new(33, "a new line"))
+            Err(ParseError::new(32, "a new line"))
         );
     }
 }

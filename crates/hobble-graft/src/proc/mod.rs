@@ -10,11 +10,18 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
+pub mod cgroup;
+pub mod condition;
 pub mod fdinfo;
 pub mod locks;
 pub mod maps;
+pub mod mountinfo;
+pub mod pagemap;
 pub mod stat;
+pub mod status;
+pub mod syscall;
 mod text;
+pub mod tree;
 
 pub use text::ParseError;
 
