@@ -1,1 +1,26 @@
-//! Filter, trigger and fault: from a specification to a decision, pure and repeatable
+//! From a specification to a decision: filters, triggers and faults.
+//!
+//! Pure and repeatable: nothing here performs I/O, reads a clock or draws from a shared source of randomness. A text becomes a raw [`Document`], the
+//! document a checked [`Experiment`], the experiment a [`Plan`], and the plan answers one question per operation: what is to be done to it.
+//! This crate knows nothing of FUSE, processes or files.
+
+mod caller;
+mod counters;
+mod diagnostic;
+mod draw;
+mod errno;
+mod experiment;
+pub mod fault;
+mod op;
+mod pattern;
+mod plan;
+
+pub use caller::{CallerFacts, Comm, KnownCaller};
+pub use counters::RuleCounters;
+pub use diagnostic::{Diagnostic, Position, Severity};
+pub use errno::InjectedErrno;
+pub use experiment::{Experiment, Rule, RunFor, Scope, Target};
+pub use fault::attr::{AttrOverride, Attributes, FileKind, Timestamp};
+pub use fault::corrupt::{Corruption, Fill, Segment};
+pub use op::{Op, OpSet};
+pub use plan::{Decision, FileId, OpContext, PathMatch, Plan, RuleIndex};

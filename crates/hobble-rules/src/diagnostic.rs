@@ -1,0 +1,95 @@
+//! What is wrong with a specification, and where.
+//!
+//! Owns positions, field paths and the printed form of a diagnostic. Invariant: a diagnostic always names the field; it has a line and column
+//! whenever the text it came from is known.
+
+use std::fmt;
+
+/// A place in the text of a specification or of a `--fault` string.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Position {
+    /// Line, from 1.
+    pub line: u32,
+    /// Column in characters, from 1.
+    pub column: u32,
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.line, self.column)
+    }
+}
+
+/// Whether a diagnostic stops the specification from being used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Severity {
+    /// It cannot be used.
+    Error,
+    /// It can; something about it ought to be known.
+    Warning,
+}
+
+/// One thing that is wrong, or worth knowing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Diagnostic {
+    /// Whether it stops the specification from being used.
+    pub severity: Severity,
+    /// Where, when the text is known.
+    pub position: Option<Position>,
+    /// The field, as in `rules[1].op[0]`; empty for the document as a whole.
+    pub field: String,
+    /// What is wrong; lower-case, no final dot.
+    pub cause: String,
+    /// What would be right: the nearest valid word, or what to write instead.
+    pub hint: Option<String>,
+}
+
+impl Diagnostic {
+    /// An error about a field.
+    pub(crate) fn error(field: impl Into<String>, cause: impl Into<String>) -> Self {
+        Self {
+            severity: Severity::Error,
+            position: None,
+            field: field.into(),
+            cause: cause.into(),
+            hint: None,
+        }
+    }
+
+    /// The same with a hint.
+    pub(crate) fn hint(self, hint: impl Into<String>) -> Self {
+        Self {
+            hint: Some(hint.into()),
+            ..self
+        }
+    }
+
+    /// The same at a place.
+    pub(crate) fn at(self, position: Option<Position>) -> Self {
+        Self {
+            position: position.or(self.position),
+            ..self
+        }
+    }
+}
+
+impl fmt::Display for Diagnostic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(position) = self.position {
+            write!(f, "{position}: ")?;
+        }
+        if self.severity == Severity::Warning {
+            f.write_str("warning: ")?;
+        }
+        if !self.field.is_empty() {
+            write!(f, "{}: ", self.field)?;
+        }
+        f.write_str(&self.cause)?;
+        if let Some(hint) = &self.hint {
+            write!(f, " ({hint})")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Diagnostic {}

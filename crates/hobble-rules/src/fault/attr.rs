@@ -1,0 +1,252 @@
+//! Fault kind `attr`: the reply's attributes are not the true ones.
+//!
+//! Owns the attributes that can be overridden and how an override changes them. Invariant: an attribute that is not named keeps its true value; arithmetic
+//! saturates instead of wrapping round.
+
+use std::time::Duration;
+
+/// Type of a file, as in the top bits of `st_mode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
+pub enum FileKind {
+    Regular,
+    Directory,
+    Symlink,
+    Fifo,
+    Socket,
+    CharDevice,
+    BlockDevice,
+}
+
+impl FileKind {
+    /// Every kind.
+    pub const ALL: [Self; 7] = [
+        Self::Regular,
+        Self::Directory,
+        Self::Symlink,
+        Self::Fifo,
+        Self::Socket,
+        Self::CharDevice,
+        Self::BlockDevice,
+    ];
+
+    /// The word for it in a rule.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Regular => "regular",
+            Self::Directory => "directory",
+            Self::Symlink => "symlink",
+            Self::Fifo => "fifo",
+            Self::Socket => "socket",
+            Self::CharDevice => "char_device",
+            Self::BlockDevice => "block_device",
+        }
+    }
+
+    /// Kind named by a word; those of IOChaos (`namedPipe`, `regularFile`, …) are accepted as well.
+    #[must_use]
+    pub fn named(word: &str) -> Option<Self> {
+        let alias = match word {
+            "regularFile" | "file" => Some(Self::Regular),
+            "namedPipe" => Some(Self::Fifo),
+            "charDevice" => Some(Self::CharDevice),
+            "blockDevice" => Some(Self::BlockDevice),
+            _ => None,
+        };
+        alias.or_else(|| Self::ALL.into_iter().find(|kind| kind.name() == word))
+    }
+
+    /// The S_IFMT bits of `st_mode` (inode(7)).
+    #[must_use]
+    pub const fn mode_bits(self) -> u32 {
+        match self {
+            Self::Regular => 0o100_000,
+            Self::Directory => 0o040_000,
+            Self::Symlink => 0o120_000,
+            Self::Fifo => 0o010_000,
+            Self::Socket => 0o140_000,
+            Self::CharDevice => 0o020_000,
+            Self::BlockDevice => 0o060_000,
+        }
+    }
+
+    /// The kind that the S_IFMT bits of `mode` stand for.
+    #[must_use]
+    pub fn from_mode(mode: u32) -> Option<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|kind| kind.mode_bits() == mode & 0o170_000)
+    }
+}
+
+/// A point in time as `stat` reports it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Timestamp {
+    /// Seconds since 1970-01-01 00:00 UTC, negative before.
+    pub sec: i64,
+    /// Nanoseconds past `sec`, below 1,000,000,000.
+    pub nsec: u32,
+}
+
+impl Timestamp {
+    /// This much later; stops at the end of time.
+    #[must_use]
+    pub fn later(self, by: Duration) -> Self {
+        let nsec = self.nsec + by.subsec_nanos();
+        let carry = i64::from(nsec >= NANOS);
+        let sec = self
+            .sec
+            .saturating_add(i64::try_from(by.as_secs()).unwrap_or(i64::MAX))
+            .saturating_add(carry);
+        Self {
+            sec,
+            nsec: nsec % NANOS,
+        }
+    }
+
+    /// This much earlier; stops at the beginning of time.
+    #[must_use]
+    pub fn earlier(self, by: Duration) -> Self {
+        let borrow = i64::from(self.nsec < by.subsec_nanos());
+        let nsec = (self.nsec + NANOS - by.subsec_nanos()) % NANOS;
+        let sec = self
+            .sec
+            .saturating_sub(i64::try_from(by.as_secs()).unwrap_or(i64::MAX))
+            .saturating_sub(borrow);
+        Self { sec, nsec }
+    }
+}
+
+const NANOS: u32 = 1_000_000_000;
+
+/// The attributes that a reply carries and a rule can override.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attributes {
+    /// Inode number.
+    pub ino: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Blocks of 512 bytes.
+    pub blocks: u64,
+    /// Last access.
+    pub atime: Timestamp,
+    /// Last change of the content.
+    pub mtime: Timestamp,
+    /// Last change of the attributes.
+    pub ctime: Timestamp,
+    /// Type.
+    pub kind: FileKind,
+    /// Permission bits with setuid, setgid and sticky: `st_mode & 07777`.
+    pub perm: u16,
+    /// Number of names.
+    pub nlink: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Device number of a device file, in the kernel's encoding (`new_encode_dev`).
+    pub rdev: u32,
+}
+
+/// How a count or size changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Amount {
+    /// It becomes this.
+    Set(u64),
+    /// So much more than the true value.
+    Add(u64),
+    /// So much less than the true value, at least 0.
+    Sub(u64),
+}
+
+impl Amount {
+    fn of(self, truth: u64) -> u64 {
+        match self {
+            Self::Set(value) => value,
+            Self::Add(more) => truth.saturating_add(more),
+            Self::Sub(less) => truth.saturating_sub(less),
+        }
+    }
+}
+
+/// How a time changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TimeChange {
+    /// It becomes this.
+    Set(Timestamp),
+    /// So much later than the true time.
+    Later(Duration),
+    /// So much earlier than the true time.
+    Earlier(Duration),
+}
+
+impl TimeChange {
+    fn of(self, truth: Timestamp) -> Timestamp {
+        match self {
+            Self::Set(value) => value,
+            Self::Later(by) => truth.later(by),
+            Self::Earlier(by) => truth.earlier(by),
+        }
+    }
+}
+
+/// A checked `attr` fault: what is `None` keeps its true value.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AttrOverride {
+    /// Inode number.
+    pub ino: Option<u64>,
+    /// Bytes.
+    pub size: Option<Amount>,
+    /// Blocks of 512 bytes.
+    pub blocks: Option<Amount>,
+    /// Last access.
+    pub atime: Option<TimeChange>,
+    /// Last change of the content.
+    pub mtime: Option<TimeChange>,
+    /// Last change of the attributes.
+    pub ctime: Option<TimeChange>,
+    /// Type.
+    pub kind: Option<FileKind>,
+    /// Permission bits.
+    pub perm: Option<u16>,
+    /// Number of names.
+    pub nlink: Option<Amount>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// Device number.
+    pub rdev: Option<u32>,
+}
+
+impl AttrOverride {
+    /// The attributes to report in the place of the true ones.
+    #[must_use]
+    pub fn apply(&self, truth: Attributes) -> Attributes {
+        let amount =
+            |change: Option<Amount>, truth: u64| change.map_or(truth, |change| change.of(truth));
+        let time =
+            |change: Option<TimeChange>, truth| change.map_or(truth, |change| change.of(truth));
+        Attributes {
+            ino: self.ino.unwrap_or(truth.ino),
+            size: amount(self.size, truth.size),
+            blocks: amount(self.blocks, truth.blocks),
+            atime: time(self.atime, truth.atime),
+            mtime: time(self.mtime, truth.mtime),
+            ctime: time(self.ctime, truth.ctime),
+            kind: self.kind.unwrap_or(truth.kind),
+            perm: self.perm.unwrap_or(truth.perm),
+            nlink: u32::try_from(amount(self.nlink, u64::from(truth.nlink))).unwrap_or(u32::MAX),
+            uid: self.uid.unwrap_or(truth.uid),
+            gid: self.gid.unwrap_or(truth.gid),
+            rdev: self.rdev.unwrap_or(truth.rdev),
+        }
+    }
+
+    /// Whether it changes nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
