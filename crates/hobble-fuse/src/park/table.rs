@@ -1,0 +1,265 @@
+//! Which requests are parked, and who gets to end each.
+//!
+//! Invariant: deadline, INTERRUPT, release and kill race for a parked request, and exactly one wins: whoever takes it out of
+//! the table, under its one lock, holds request and reply; nobody else can. An INTERRUPT that comes before its request is
+//! remembered until the request is parked or given back to the kernel. The table reads no clock and starts no thread, so that
+//! `tests/park_model.rs` runs this very file under a scheduler that tries interleavings.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::PoisonError;
+use std::time::Instant;
+
+use super::sync::{Mutex, MutexGuard};
+
+/// One parked request, as the table sees it.
+pub(crate) struct Parked<T> {
+    /// When the wait ends by itself.
+    pub(crate) deadline: Option<Instant>,
+    /// When it was parked.
+    pub(crate) since: Instant,
+    /// The calling thread.
+    pub(crate) tid: u32,
+    /// The caller holds an inode's lock exclusively meanwhile.
+    pub(crate) exclusive: bool,
+    /// Request, reply and what to do with them.
+    pub(crate) payload: T,
+}
+
+/// What came of parking a request.
+pub(crate) enum Outcome<T> {
+    /// It waits. `sooner`: its deadline is now the first of all. `interrupted`: an INTERRUPT for it had come before.
+    Parked { sooner: bool, interrupted: bool },
+    /// Nothing is parked at present: go on at once.
+    Bypassed(T),
+}
+
+/// What an INTERRUPT meant.
+pub(crate) enum Interrupted<C> {
+    /// The request is parked, for this thread. From now on it is among those to be polled.
+    Parked(u32),
+    /// Somebody wanted to know.
+    Hook(C),
+    /// Nothing of that name yet: remembered.
+    Early,
+}
+
+/// See the module's text. `T` is what is parked, `I` the right to answer an INTERRUPT, `C` a callback.
+pub(crate) struct Table<T, I, C> {
+    inner: Mutex<Inner<T, I, C>>,
+}
+
+struct Inner<T, I, C> {
+    parked: HashMap<u64, Parked<T>>,
+    deadlines: BTreeSet<(Instant, u64)>,
+    /// Parked requests for which an INTERRUPT has come: the kernel will not send another.
+    interrupted: BTreeSet<u64>,
+    early: HashMap<u64, (Instant, I)>,
+    hooks: HashMap<u64, C>,
+    bypass: bool,
+    /// Where the slow round over all parked requests goes on.
+    round: u64,
+}
+
+impl<T, I, C> Inner<T, I, C> {
+    fn take(&mut self, unique: u64) -> Option<Parked<T>> {
+        let parked = self.parked.remove(&unique)?;
+        if let Some(deadline) = parked.deadline {
+            self.deadlines.remove(&(deadline, unique));
+        }
+        self.interrupted.remove(&unique);
+        Some(parked)
+    }
+}
+
+impl<T, I, C> Table<T, I, C> {
+    pub(crate) fn new() -> Self {
+        Self {
+            inner: Mutex::new(Inner {
+                parked: HashMap::new(),
+                deadlines: BTreeSet::new(),
+                interrupted: BTreeSet::new(),
+                early: HashMap::new(),
+                hooks: HashMap::new(),
+                bypass: false,
+                round: 0,
+            }),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner<T, I, C>> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Parks a request, unless nothing is parked at present.
+    pub(crate) fn park(&self, unique: u64, parked: Parked<T>) -> Outcome<T> {
+        let mut inner = self.lock();
+        let interrupted = inner.early.remove(&unique).is_some();
+        if inner.bypass {
+            return Outcome::Bypassed(parked.payload);
+        }
+        let mut sooner = false;
+        if let Some(deadline) = parked.deadline {
+            sooner = inner
+                .deadlines
+                .first()
+                .is_none_or(|&(first, _)| deadline < first);
+            inner.deadlines.insert((deadline, unique));
+        }
+        if interrupted {
+            inner.interrupted.insert(unique);
+        }
+        inner.parked.insert(unique, parked);
+        Outcome::Parked {
+            sooner,
+            interrupted,
+        }
+    }
+
+    /// An INTERRUPT for a request has come.
+    pub(crate) fn interrupt(&self, unique: u64, token: I, now: Instant) -> Interrupted<C> {
+        let mut inner = self.lock();
+        if let Some(hook) = inner.hooks.remove(&unique) {
+            return Interrupted::Hook(hook);
+        }
+        if let Some(tid) = inner.parked.get(&unique).map(|parked| parked.tid) {
+            inner.interrupted.insert(unique);
+            return Interrupted::Parked(tid);
+        }
+        inner.early.insert(unique, (now, token));
+        Interrupted::Early
+    }
+
+    /// Registers a callback. It is given back at once if the INTERRUPT has come before.
+    pub(crate) fn hook(&self, unique: u64, callback: C) -> Option<C> {
+        let mut inner = self.lock();
+        if inner.early.remove(&unique).is_some() {
+            return Some(callback);
+        }
+        inner.hooks.insert(unique, callback);
+        None
+    }
+
+    /// Removes a callback.
+    pub(crate) fn unhook(&self, unique: u64) -> Option<C> {
+        self.lock().hooks.remove(&unique)
+    }
+
+    /// Takes one request out.
+    pub(crate) fn take(&self, unique: u64) -> Option<T> {
+        self.lock().take(unique).map(|parked| parked.payload)
+    }
+
+    /// Takes out what is due, and tells when the next will be.
+    pub(crate) fn due(&self, now: Instant, due: &mut Vec<T>) -> Option<Instant> {
+        let mut inner = self.lock();
+        loop {
+            let &(deadline, unique) = inner.deadlines.first()?;
+            if deadline > now {
+                return Some(deadline);
+            }
+            inner.deadlines.remove(&(deadline, unique));
+            if let Some(parked) = inner.take(unique) {
+                due.push(parked.payload);
+            }
+        }
+    }
+
+    /// Takes out all that `choose` wants.
+    pub(crate) fn release(&self, mut choose: impl FnMut(&Parked<T>) -> bool) -> Vec<T> {
+        let mut inner = self.lock();
+        let chosen: Vec<u64> = inner
+            .parked
+            .iter()
+            .filter(|(_, parked)| choose(parked))
+            .map(|(&unique, _)| unique)
+            .collect();
+        chosen
+            .into_iter()
+            .filter_map(|unique| inner.take(unique))
+            .map(|parked| parked.payload)
+            .collect()
+    }
+
+    /// While set, nothing is parked. What is parked already stays.
+    pub(crate) fn set_bypass(&self, on: bool) {
+        self.lock().bypass = on;
+    }
+
+    /// Number of parked requests, and of those to be polled at every tick.
+    pub(crate) fn counts(&self) -> (usize, usize) {
+        let inner = self.lock();
+        (inner.parked.len(), inner.interrupted.len())
+    }
+
+    /// Requests whose INTERRUPT has come, with their threads.
+    pub(crate) fn interrupted(&self) -> Vec<(u64, u32)> {
+        let inner = self.lock();
+        inner
+            .interrupted
+            .iter()
+            .filter_map(|unique| inner.parked.get(unique).map(|parked| (*unique, parked.tid)))
+            .collect()
+    }
+
+    /// The next few of all parked requests, in a round that never ends.
+    pub(crate) fn next_round(&self, most: usize) -> Vec<(u64, u32)> {
+        let mut inner = self.lock();
+        if inner.parked.len() <= most {
+            return inner
+                .parked
+                .iter()
+                .map(|(&unique, parked)| (unique, parked.tid))
+                .collect();
+        }
+        let from = inner.round;
+        let mut uniques: Vec<u64> = inner
+            .parked
+            .keys()
+            .copied()
+            .filter(|&unique| unique >= from)
+            .collect();
+        if uniques.len() > most {
+            uniques.select_nth_unstable(most);
+            uniques.truncate(most + 1);
+        }
+        inner.round = if uniques.len() > most {
+            uniques.iter().copied().max().unwrap_or(0)
+        } else {
+            0
+        };
+        uniques
+            .into_iter()
+            .filter_map(|unique| inner.parked.get(&unique).map(|parked| (unique, parked.tid)))
+            .collect()
+    }
+
+    /// Calls `see` for every parked request that holds an inode's lock since before `before`.
+    pub(crate) fn holders(&self, before: Instant, mut see: impl FnMut(u64, &Parked<T>)) {
+        for (&unique, parked) in &self.lock().parked {
+            if parked.exclusive && parked.since <= before {
+                see(unique, parked);
+            }
+        }
+    }
+
+    /// Takes out the INTERRUPTs that came before `before` and whose request has not been parked since; `more` says
+    /// whether others are left.
+    pub(crate) fn stale_interrupts(&self, before: Instant) -> (Vec<I>, bool) {
+        let mut inner = self.lock();
+        if inner.early.is_empty() {
+            return (Vec::new(), false);
+        }
+        let stale: Vec<u64> = inner
+            .early
+            .iter()
+            .filter(|(_, (at, _))| *at <= before)
+            .map(|(&unique, _)| unique)
+            .collect();
+        let tokens = stale
+            .into_iter()
+            .filter_map(|unique| inner.early.remove(&unique))
+            .map(|(_, token)| token)
+            .collect();
+        (tokens, !inner.early.is_empty())
+    }
+}
