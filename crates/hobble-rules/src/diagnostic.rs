@@ -5,9 +5,23 @@
 
 use std::fmt;
 
+/// Most diagnostics that are collected: who made more mistakes than that gave the wrong file.
+pub(crate) const MOST_DIAGNOSTICS: usize = 50;
+
+/// Which text a position is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Source {
+    /// The specification.
+    Spec,
+    /// The `--fault` string of this number, from 1.
+    Fault(u32),
+}
+
 /// A place in the text of a specification or of a `--fault` string.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Position {
+    /// The text.
+    pub source: Source,
     /// Line, from 1.
     pub line: u32,
     /// Column in characters, from 1.
@@ -16,7 +30,10 @@ pub struct Position {
 
 impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.line, self.column)
+        match self.source {
+            Source::Spec => write!(f, "{}:{}", self.line, self.column),
+            Source::Fault(number) => write!(f, "--fault {number}, column {}", self.column),
+        }
     }
 }
 
@@ -93,3 +110,26 @@ impl fmt::Display for Diagnostic {
 }
 
 impl std::error::Error for Diagnostic {}
+
+/// A field below another.
+pub(crate) fn join(prefix: &str, field: &str) -> String {
+    match (prefix, field) {
+        ("", _) => field.to_owned(),
+        (_, "") => prefix.to_owned(),
+        _ => format!("{prefix}.{field}"),
+    }
+}
+
+/// What the user wrote, for a message: without control characters, cut off when long.
+pub(crate) fn quote(text: &str) -> String {
+    const LONGEST: usize = 60;
+    let shown: String = text.chars().take(LONGEST).flat_map(plain).collect();
+    let more = if text.chars().nth(LONGEST).is_some() { "…" } else { "" };
+    format!("`{shown}{more}`")
+}
+
+fn plain(c: char) -> impl Iterator<Item = char> {
+    let control = c.is_control() || ('\u{200b}'..='\u{202e}').contains(&c);
+    let escaped = control.then(|| c.escape_unicode()).into_iter().flatten();
+    escaped.chain((!control).then_some(c))
+}

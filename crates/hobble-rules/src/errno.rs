@@ -65,7 +65,7 @@ impl fmt::Debug for InjectedErrno {
 }
 
 /// Every name that [`InjectedErrno::named`] knows.
-pub fn names() -> impl Iterator<Item = &'static str> {
+pub(crate) fn names() -> impl Iterator<Item = &'static str> {
     TABLE.iter().chain(&ALIASES).map(|(name, _)| *name)
 }
 

@@ -150,11 +150,17 @@ impl Rule {
     pub(crate) fn is_terminal(&self) -> bool {
         self.stop || self.faults.errno.is_some()
     }
+
+    /// Whether it fires on every operation of its kinds.
+    pub(crate) fn is_unconditional(&self) -> bool {
+        let everywhere = self.path.is_empty() || self.path.iter().any(PathPattern::is_everything);
+        everywhere && self.exclude.is_empty() && self.who.is_anyone() && self.range.is_none() && self.when == Trigger::ALWAYS
+    }
 }
 
 /// Which callers a rule matches; all given conditions must hold, within one of them any item.
 #[derive(Clone, Debug, Default)]
-pub struct Who {
+pub(crate) struct Who {
     pub(crate) pid: Vec<u32>,
     pub(crate) comm: Vec<CommPattern>,
     pub(crate) uid: Vec<u32>,
@@ -163,14 +169,14 @@ pub struct Who {
 impl Who {
     /// Whether it matches everybody.
     #[must_use]
-    pub const fn is_anyone(&self) -> bool {
+    pub(crate) const fn is_anyone(&self) -> bool {
         self.pid.is_empty() && self.comm.is_empty() && self.uid.is_empty()
     }
 }
 
 /// A range of bytes of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ByteRange {
+pub(crate) struct ByteRange {
     pub(crate) start: u64,
     /// One past the last byte.
     pub(crate) end: u64,
@@ -179,14 +185,14 @@ pub struct ByteRange {
 impl ByteRange {
     /// Whether an access of `len` bytes at `offset` touches it; an empty access touches nothing.
     #[must_use]
-    pub const fn overlaps(&self, offset: u64, len: u64) -> bool {
+    pub(crate) const fn overlaps(&self, offset: u64, len: u64) -> bool {
         len > 0 && offset < self.end && offset.saturating_add(len) > self.start
     }
 }
 
 /// What the counts of a trigger are kept for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Per {
+pub(crate) enum Per {
     /// The rule: one count for all.
     #[default]
     Rule,
@@ -198,7 +204,7 @@ pub enum Per {
 
 /// When a matching operation is hit. The order is: window, counts, percent, times.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Trigger {
+pub(crate) struct Trigger {
     pub(crate) percent: f64,
     pub(crate) after: u64,
     pub(crate) every: NonZeroU64,
@@ -210,7 +216,7 @@ pub struct Trigger {
 
 impl Trigger {
     /// Hits every match.
-    pub const ALWAYS: Self = Self {
+    pub(crate) const ALWAYS: Self = Self {
         percent: 100.0,
         after: 0,
         every: NonZeroU64::MIN,

@@ -5,22 +5,29 @@
 //! This crate knows nothing of FUSE, processes or files.
 
 mod caller;
+mod check;
 mod counters;
 mod diagnostic;
 mod draw;
 mod errno;
 mod experiment;
 pub mod fault;
+pub mod fault_flag;
+mod nearest;
 mod op;
 mod pattern;
 mod plan;
+pub mod spec;
+mod units;
 
 pub use caller::{CallerFacts, Comm, KnownCaller};
+pub use check::{MOST_RULES, check};
 pub use counters::RuleCounters;
-pub use diagnostic::{Diagnostic, Position, Severity};
+pub use diagnostic::{Diagnostic, Position, Severity, Source};
 pub use errno::InjectedErrno;
 pub use experiment::{Experiment, Rule, RunFor, Scope, Target};
 pub use fault::attr::{AttrOverride, Attributes, FileKind, Timestamp};
 pub use fault::corrupt::{Corruption, Fill, Segment};
+pub use spec::{Document, RuleSpec, parse, schema};
 pub use op::{Op, OpSet};
 pub use plan::{Decision, FileId, OpContext, PathMatch, Plan, RuleIndex};

@@ -9,14 +9,14 @@ use std::fmt;
 use globset::{Candidate, Glob, GlobBuilder, GlobMatcher, GlobSet};
 
 /// Longest pattern, in bytes: as long as the longest path (PATH_MAX).
-pub const LONGEST: usize = 4096;
+const LONGEST: usize = 4096;
 
 /// Deepest nesting of `{…}`; the compiler of the globs is recursive.
 const DEEPEST: usize = 8;
 
 /// A pattern for paths.
 #[derive(Clone, Debug)]
-pub struct PathPattern {
+pub(crate) struct PathPattern {
     text: String,
     absolute: bool,
     root: bool,
@@ -68,13 +68,15 @@ impl PathPattern {
 
     /// As it was written.
     #[must_use]
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.text
     }
 
-    /// Whether it has no wildcard, so that it can match one name only.
-    pub(crate) fn is_literal(&self) -> bool {
-        !self.text.contains(['*', '?', '[', '{', '\\'])
+    /// Whether it matches every path that `other` can match, as far as that is plain: `other` is one path without wildcards.
+    pub(crate) fn covers(&self, other: &Self) -> bool {
+        let plain = other.text.trim_start_matches("./");
+        let one = plain.contains('/') && !plain.contains(['*', '?', '[', '{', '\\']);
+        one && self.absolute == other.absolute && self.glob.compile_matcher().is_match_candidate(&Candidate::from_bytes(plain))
     }
 
     /// Whether it matches everything in the volume.
@@ -91,7 +93,7 @@ impl fmt::Display for PathPattern {
 
 /// A pattern for process names.
 #[derive(Clone, Debug)]
-pub struct CommPattern {
+pub(crate) struct CommPattern {
     matcher: GlobMatcher,
 }
 
@@ -105,7 +107,7 @@ impl CommPattern {
 
     /// Whether the name matches.
     #[must_use]
-    pub fn matches(&self, comm: &[u8]) -> bool {
+    pub(crate) fn matches(&self, comm: &[u8]) -> bool {
         self.matcher
             .is_match_candidate(&Candidate::from_bytes(comm))
     }

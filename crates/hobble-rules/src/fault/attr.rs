@@ -5,6 +5,11 @@
 
 use std::time::Duration;
 
+use crate::check::{Checker, check_size};
+use crate::diagnostic::quote;
+use crate::spec::{AttrSpec, NumberOrText, TimeSpec};
+use crate::units::parse_timestamp;
+
 /// Type of a file, as in the top bits of `st_mode`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs)]
@@ -249,4 +254,133 @@ impl AttrOverride {
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
+}
+
+/// Checks the raw form.
+pub(crate) fn check(checker: &mut Checker<'_>, spec: &AttrSpec) -> Option<AttrOverride> {
+    let checked = AttrOverride {
+        ino: spec.ino,
+        size: amount(checker, "size", spec.size.as_ref()),
+        blocks: amount(checker, "blocks", spec.blocks.as_ref()),
+        atime: time(checker, "atime", spec.atime.as_ref()),
+        mtime: time(checker, "mtime", spec.mtime.as_ref()),
+        ctime: time(checker, "ctime", spec.ctime.as_ref()),
+        kind: spec.kind.as_deref().and_then(|word| kind(checker, word)),
+        perm: spec.perm.as_ref().and_then(|perm| mode(checker, perm)),
+        nlink: amount(checker, "nlink", spec.nlink.as_ref()),
+        uid: spec.uid,
+        gid: spec.gid,
+        rdev: spec.rdev.as_ref().and_then(|rdev| device(checker, rdev)),
+    };
+    if *spec == AttrSpec::default() {
+        checker.error("fault.attr", "is empty").hint("one or more attributes, such as `perm: \"0000\"`");
+        return None;
+    }
+    if checked.ino == Some(0) {
+        checker.error("fault.attr.ino", "0 is not an inode number");
+    }
+    if checked.nlink.is_some_and(|nlink| matches!(nlink, Amount::Set(links) if links > u64::from(u32::MAX))) {
+        checker.error("fault.attr.nlink", "must fit in 32 bits");
+    }
+    if checked.kind.is_some() {
+        let cause = "the kernel gives a file whose type changes while it is known EIO on every use, until it is looked up afresh";
+        checker.warn("fault.attr.kind", cause);
+    }
+    if checked.size.is_some() {
+        checker.warn("fault.attr.size", "reads past the forged size find the end of the file; appends go to the true end");
+    }
+    Some(checked)
+}
+
+/// A count or size: `4096`, `64KiB`, `+1MiB`, `-1`.
+fn amount(checker: &mut Checker<'_>, key: &str, spec: Option<&NumberOrText>) -> Option<Amount> {
+    let field = format!("fault.attr.{key}");
+    let spec = spec?;
+    let relative = |change: fn(u64) -> Amount, rest: &str| (change, NumberOrText::Text(rest.to_owned()));
+    let (change, size) = match spec {
+        NumberOrText::Text(text) => match (text.strip_prefix('+'), text.strip_prefix('-')) {
+            (Some(rest), _) => relative(Amount::Add, rest),
+            (_, Some(rest)) => relative(Amount::Sub, rest),
+            _ => relative(Amount::Set, text),
+        },
+        number @ NumberOrText::Number(_) => (Amount::Set as fn(u64) -> Amount, number.clone()),
+    };
+    check_size(checker, &field, &size).map(change)
+}
+
+fn time(checker: &mut Checker<'_>, key: &str, spec: Option<&TimeSpec>) -> Option<TimeChange> {
+    let field = format!("fault.attr.{key}");
+    match spec? {
+        TimeSpec::Parts(parts) if parts.nsec >= NANOS => {
+            checker.error(&format!("{field}.nsec"), "must be below 1000000000");
+            None
+        }
+        TimeSpec::Parts(parts) => Some(TimeChange::Set(Timestamp { sec: parts.sec, nsec: parts.nsec })),
+        TimeSpec::Text(text) => match (text.strip_prefix('+'), text.strip_prefix('-')) {
+            (Some(rest), _) => checker.duration(&field, rest).map(TimeChange::Later),
+            (_, Some(rest)) => checker.duration(&field, rest).map(TimeChange::Earlier),
+            _ => match parse_timestamp(text) {
+                Ok(point) => Some(TimeChange::Set(point)),
+                Err(cause) => {
+                    checker.error(&field, format!("{}: {cause}", quote(text)));
+                    None
+                }
+            },
+        },
+    }
+}
+
+fn kind(checker: &mut Checker<'_>, word: &str) -> Option<FileKind> {
+    let kind = FileKind::named(word);
+    if kind.is_none() {
+        checker.unknown("fault.attr.kind", "file type", word, &FileKind::ALL.map(FileKind::name));
+    }
+    kind
+}
+
+/// Permission bits: octal text, or a number.
+fn mode(checker: &mut Checker<'_>, spec: &NumberOrText) -> Option<u16> {
+    const FIELD: &str = "fault.attr.perm";
+    let bits = match spec {
+        NumberOrText::Text(text) => {
+            let digits = text.strip_prefix("0o").unwrap_or(text);
+            let octal = !digits.is_empty() && digits.bytes().all(|digit| matches!(digit, b'0'..=b'7'));
+            octal.then(|| u64::from_str_radix(digits, 8).ok()).flatten()
+        }
+        NumberOrText::Number(number) => Some(*number),
+    };
+    let shown = match spec {
+        NumberOrText::Text(text) => quote(text),
+        NumberOrText::Number(number) => number.to_string(),
+    };
+    let Some(perm) = bits.and_then(|bits| u16::try_from(bits).ok()).filter(|perm| *perm <= 0o7777) else {
+        checker.error(FIELD, format!("{shown} is not a mode: \"0000\" to \"7777\", octal")).hint("\"0644\", or the number 420");
+        return None;
+    };
+    if let NumberOrText::Number(number) = spec
+        && *number > 7
+        && number.to_string().bytes().all(|digit| digit < b'8')
+    {
+        let cause = format!("{number} is decimal, that is octal {perm:04o}");
+        checker.warn(FIELD, cause).hint(format!("write \"0{number}\" if octal was meant"));
+    }
+    Some(perm)
+}
+
+/// A device number: as the kernel encodes it for user space, or `major:minor`.
+fn device(checker: &mut Checker<'_>, spec: &NumberOrText) -> Option<u32> {
+    const FIELD: &str = "fault.attr.rdev";
+    let number = match spec {
+        NumberOrText::Number(number) => u32::try_from(*number).ok(),
+        NumberOrText::Text(text) => text.split_once(':').and_then(|(major, minor)| {
+            let major: u32 = major.parse().ok().filter(|major| *major < 1 << 12)?;
+            let minor: u32 = minor.parse().ok().filter(|minor| *minor < 1 << 20)?;
+            // new_encode_dev, include/linux/kdev_t.h.
+            Some((minor & 0xff) | (major << 8) | ((minor & !0xff) << 12))
+        }),
+    };
+    if number.is_none() {
+        checker.error(FIELD, "not a device number: 32 bits, or major:minor");
+    }
+    number
 }

@@ -6,7 +6,9 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::Rng;
 
+use crate::check::{Checker, check_size};
 use crate::draw::{RuleKey, below};
+use crate::spec::CorruptSpec;
 
 /// Most segments of one operation: more would hold up the server for nothing.
 pub const MOST_OCCURRENCES: u32 = 65_536;
@@ -135,4 +137,33 @@ impl Corruption {
         }
         segments
     }
+}
+
+/// Checks the raw form.
+pub(crate) fn check(checker: &mut Checker<'_>, spec: &CorruptSpec) -> Option<CorruptFault> {
+    let words = Fill::ALL.map(|fill| (fill.name(), fill));
+    let shape = match spec {
+        CorruptSpec::Fill(word) => {
+            let fill = checker.word("fault.corrupt", "filling", word, &words)?;
+            return Some(CorruptFault { fill, occurrences: 1, length: 1 });
+        }
+        CorruptSpec::Full(shape) => shape,
+    };
+    let fill = checker.word("fault.corrupt.fill", "filling", &shape.fill, &words);
+    let occurrences = match u32::try_from(shape.occurrences.unwrap_or(1)) {
+        Ok(occurrences) if (1..=MOST_OCCURRENCES).contains(&occurrences) => Some(occurrences),
+        _ => {
+            checker.error("fault.corrupt.occurrences", format!("must be between 1 and {MOST_OCCURRENCES}"));
+            None
+        }
+    };
+    let length = match &shape.length {
+        Some(length) => check_size(checker, "fault.corrupt.length", length)?,
+        None => 1,
+    };
+    if length == 0 {
+        checker.error("fault.corrupt.length", "segments of no bytes alter nothing");
+        return None;
+    }
+    Some(CorruptFault { fill: fill?, occurrences: occurrences?, length })
 }

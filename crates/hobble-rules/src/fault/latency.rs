@@ -5,7 +5,10 @@
 
 use std::time::Duration;
 
+use crate::check::Checker;
 use crate::draw::unit;
+use crate::spec::LatencySpec;
+use crate::units::format_duration;
 
 /// How long an operation may be delayed at most: what is longer is a hang.
 pub const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
@@ -132,4 +135,74 @@ impl LatencyFault {
 /// Box–Muller.
 fn standard_normal(first: u64, second: u64) -> f64 {
     (-2.0 * unit(first).ln()).sqrt() * (std::f64::consts::TAU * unit(second)).cos()
+}
+
+/// Checks the raw form.
+pub(crate) fn check(checker: &mut Checker<'_>, spec: &LatencySpec) -> Option<LatencyFault> {
+    let shape = match spec {
+        LatencySpec::Fixed(text) => {
+            let mean = checked_delay(checker, "fault.latency", text)?;
+            if mean.is_zero() {
+                checker.warn("fault.latency", "a delay of nothing: the rule fires without effect");
+            }
+            return Some(LatencyFault::constant(mean));
+        }
+        LatencySpec::Shaped(shape) => shape,
+    };
+    let delay = |checker: &mut Checker<'_>, key: &str, text: &Option<String>| match text {
+        Some(text) => checked_delay(checker, &format!("fault.latency.{key}"), text).map(Some),
+        None => Some(None),
+    };
+    let mean = checked_delay(checker, "fault.latency.mean", &shape.mean);
+    let jitter = delay(checker, "jitter", &shape.jitter);
+    let min = delay(checker, "min", &shape.min);
+    let max = delay(checker, "max", &shape.max);
+    let words = Distribution::ALL.map(|distribution| (distribution.name(), distribution));
+    let distribution = match (&shape.distribution, &shape.jitter) {
+        (Some(word), _) => checker.word("fault.latency.distribution", "distribution", word, &words),
+        (None, Some(_)) => Some(Distribution::Uniform),
+        (None, None) => Some(Distribution::Constant),
+    };
+    let (mean, jitter, min, max, distribution) = (mean?, jitter?, min?, max?, distribution?);
+    let name = distribution.name();
+    match jitter {
+        Some(_) if !distribution.takes_jitter() => {
+            checker.error("fault.latency.jitter", format!("means nothing to `{name}`"));
+            return None;
+        }
+        None if distribution.takes_jitter() => {
+            checker.error("fault.latency.distribution", format!("`{name}` needs a `jitter`"));
+            return None;
+        }
+        Some(jitter) if jitter.is_zero() => {
+            checker.error("fault.latency.jitter", "is zero").hint("leave it out, or write `distribution: constant`");
+            return None;
+        }
+        _ => {}
+    }
+    if mean.is_zero() && !matches!(distribution, Distribution::Uniform | Distribution::Normal) {
+        checker.error("fault.latency.mean", format!("`{name}` needs a mean above zero"));
+        return None;
+    }
+    let fault = LatencyFault {
+        mean,
+        jitter: jitter.unwrap_or_default(),
+        distribution,
+        min: min.unwrap_or_default(),
+        max: max.unwrap_or(LONGEST),
+    };
+    if fault.min > fault.max {
+        checker.error("fault.latency.min", "is greater than `max`");
+        return None;
+    }
+    Some(fault)
+}
+
+fn checked_delay(checker: &mut Checker<'_>, field: &str, text: &str) -> Option<Duration> {
+    let delay = checker.duration(field, text)?;
+    if delay > LONGEST {
+        checker.error(field, format!("a delay may be {} at most", format_duration(LONGEST)));
+        return None;
+    }
+    Some(delay)
 }

@@ -6,7 +6,7 @@
 use std::fmt;
 
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
-use serde_saphyr::options::{AliasLimits, DuplicateKeyPolicy, MergeKeyPolicy};
+use serde_saphyr::options::{DuplicateKeyPolicy, MergeKeyPolicy};
 use serde_saphyr::{Location, Spanned};
 
 use crate::diagnostic::{Diagnostic, Position, Source};
@@ -76,7 +76,7 @@ pub(crate) fn from_yaml(text: &str) -> Result<Node, Diagnostic> {
             max_anchors: 1_000,
             max_merge_keys: 0,
         },
-        alias_limits: AliasLimits {
+        alias_limits: serde_saphyr::alias_limits! {
             max_total_replayed_events: 10_000,
             max_replay_stack_depth: 8,
             max_alias_expansions_per_anchor: 1_000,
