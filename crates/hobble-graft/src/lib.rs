@@ -7,5 +7,6 @@ mod arch;
 pub mod census;
 pub mod ids;
 pub mod proc;
+pub mod remote;
 pub mod stop;
 mod sys;

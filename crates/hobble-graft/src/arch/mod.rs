@@ -50,7 +50,10 @@ impl Entry {
     pub(crate) fn to_bytes(self) -> [u8; ENTRY_SIZE] {
         let mut bytes = [0; ENTRY_SIZE];
         let head = (u64::from(self.flags) << 32) | u64::from(self.number);
-        let words = [head].into_iter().chain(self.arguments).chain([self.result.cast_unsigned()]);
+        let words = [head]
+            .into_iter()
+            .chain(self.arguments)
+            .chain([self.result.cast_unsigned()]);
         for (chunk, word) in bytes.chunks_exact_mut(8).zip(words) {
             chunk.copy_from_slice(&word.to_le_bytes());
         }

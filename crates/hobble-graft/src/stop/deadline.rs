@@ -46,7 +46,9 @@ const YIELDING: Duration = Duration::from_micros(300);
 impl Patience {
     /// Starts to be patient.
     pub(crate) fn new() -> Self {
-        Self { since: Instant::now() }
+        Self {
+            since: Instant::now(),
+        }
     }
 
     /// Lets others run for a moment.

@@ -30,7 +30,11 @@ fn request(request: libc::c_uint, tid: Tid, address: usize, data: usize) -> Resu
     // SAFETY: only called with requests that read no memory of ours, or whose `address` and `data` point to objects that
     // the callers below keep alive and large enough.
     let result = unsafe { libc::ptrace(request, tid.as_raw(), address, data) };
-    if result == -1 { Err(last_errno()) } else { Ok(result) }
+    if result == -1 {
+        Err(last_errno())
+    } else {
+        Ok(result)
+    }
 }
 
 /// `PTRACE_SEIZE`: begin tracing; the thread runs on.
@@ -55,7 +59,13 @@ pub(crate) fn resume(tid: Tid, signal: i32) -> Result<(), Errno> {
 
 /// `PTRACE_SYSCALL`: as [`resume`], up to the next entry to or exit from a system call.
 pub(crate) fn resume_to_call(tid: Tid, signal: i32) -> Result<(), Errno> {
-    request(libc::PTRACE_SYSCALL, tid, 0, signal.cast_unsigned() as usize).map(drop)
+    request(
+        libc::PTRACE_SYSCALL,
+        tid,
+        0,
+        signal.cast_unsigned() as usize,
+    )
+    .map(drop)
 }
 
 /// `PTRACE_DETACH`: end tracing; the thread runs on, or is stopped if its group is.
@@ -72,31 +82,63 @@ pub(crate) fn poke(tid: Tid, address: u64, word: u64) -> Result<(), Errno> {
 pub(crate) fn registers(tid: Tid) -> Result<Registers, Errno> {
     let mut registers = Registers::default();
     let size = size_of_val(registers.raw());
-    let mut vector = libc::iovec { iov_base: std::ptr::from_mut(registers.raw_mut()).cast(), iov_len: size };
-    request(libc::PTRACE_GETREGSET, tid, NT_PRSTATUS, (&raw mut vector).addr_for_kernel())?;
+    let mut vector = libc::iovec {
+        iov_base: std::ptr::from_mut(registers.raw_mut()).cast(),
+        iov_len: size,
+    };
+    request(
+        libc::PTRACE_GETREGSET,
+        tid,
+        NT_PRSTATUS,
+        (&raw mut vector).addr_for_kernel(),
+    )?;
     // A 32-bit thread gives the shorter 32-bit structure.
-    if vector.iov_len == size { Ok(registers) } else { Err(Errno::NOEXEC) }
+    if vector.iov_len == size {
+        Ok(registers)
+    } else {
+        Err(Errno::NOEXEC)
+    }
 }
 
 /// `PTRACE_SETREGSET(NT_PRSTATUS)`.
 pub(crate) fn set_registers(tid: Tid, registers: &Registers) -> Result<(), Errno> {
     let mut copy = *registers;
     let size = size_of_val(copy.raw());
-    let mut vector = libc::iovec { iov_base: std::ptr::from_mut(copy.raw_mut()).cast(), iov_len: size };
-    request(libc::PTRACE_SETREGSET, tid, NT_PRSTATUS, (&raw mut vector).addr_for_kernel()).map(drop)
+    let mut vector = libc::iovec {
+        iov_base: std::ptr::from_mut(copy.raw_mut()).cast(),
+        iov_len: size,
+    };
+    request(
+        libc::PTRACE_SETREGSET,
+        tid,
+        NT_PRSTATUS,
+        (&raw mut vector).addr_for_kernel(),
+    )
+    .map(drop)
 }
 
 /// `PTRACE_GETSIGMASK`: the mask that will be in force in user space (in `sigsuspend`, the one it will set back).
 pub(crate) fn signal_mask(tid: Tid) -> Result<u64, Errno> {
     let mut mask = 0_u64;
-    request(libc::PTRACE_GETSIGMASK, tid, size_of::<u64>(), (&raw mut mask).addr_for_kernel())?;
+    request(
+        libc::PTRACE_GETSIGMASK,
+        tid,
+        size_of::<u64>(),
+        (&raw mut mask).addr_for_kernel(),
+    )?;
     Ok(mask)
 }
 
 /// `PTRACE_SETSIGMASK`.
 pub(crate) fn set_signal_mask(tid: Tid, mask: u64) -> Result<(), Errno> {
     let mut mask = mask;
-    request(libc::PTRACE_SETSIGMASK, tid, size_of::<u64>(), (&raw mut mask).addr_for_kernel()).map(drop)
+    request(
+        libc::PTRACE_SETSIGMASK,
+        tid,
+        size_of::<u64>(),
+        (&raw mut mask).addr_for_kernel(),
+    )
+    .map(drop)
 }
 
 /// Where a thread has registered its `struct rseq` (`PTRACE_GET_RSEQ_CONFIGURATION`, Linux 5.13); `None` when it has not.
@@ -104,7 +146,12 @@ pub(crate) fn rseq_area(tid: Tid) -> Result<Option<u64>, Errno> {
     // struct ptrace_rseq_configuration of include/uapi/linux/ptrace.h: pointer, size, signature, flags, pad.
     let mut configuration = [0_u64; 3];
     let size = size_of_val(&configuration);
-    request(GET_RSEQ_CONFIGURATION, tid, size, (&raw mut configuration).addr_for_kernel())?;
+    request(
+        GET_RSEQ_CONFIGURATION,
+        tid,
+        size,
+        (&raw mut configuration).addr_for_kernel(),
+    )?;
     let [pointer, ..] = configuration;
     Ok((pointer != 0).then_some(pointer))
 }
@@ -135,7 +182,14 @@ fn waitid(tid: Tid, options: libc::c_int) -> Result<Option<(i32, i32)>, Errno> {
     let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
     let id = tid.as_raw().cast_unsigned();
     // SAFETY: info is large enough for a siginfo_t and outlives the call.
-    let result = unsafe { libc::waitid(libc::P_PID, id, info.as_mut_ptr(), options | libc::__WALL | libc::WNOHANG) };
+    let result = unsafe {
+        libc::waitid(
+            libc::P_PID,
+            id,
+            info.as_mut_ptr(),
+            options | libc::__WALL | libc::WNOHANG,
+        )
+    };
     if result == -1 {
         return Err(last_errno());
     }
@@ -156,7 +210,9 @@ pub(crate) fn next_stop(tid: Tid) -> Waited {
     match waitid(tid, libc::WSTOPPED) {
         Ok(Some((_, status))) => Waited::Stopped(status),
         Ok(None) => match waitid(tid, libc::WEXITED | libc::WNOWAIT) {
-            Ok(Some(_)) => Waited::Gone,
+            // The kernel reports stops of a traced thread whether asked to or not (kernel/exit.c, `wait_task_stopped`).
+            Ok(Some((libc::CLD_EXITED | libc::CLD_KILLED | libc::CLD_DUMPED, _))) => Waited::Gone,
+            Ok(Some(_)) => Waited::Nothing,
             Ok(None) => Waited::Nothing,
             Err(_) => Waited::Gone,
         },
@@ -174,6 +230,9 @@ pub(crate) fn take_exit(tid: Tid) {
 pub(crate) fn send_signal(group: i32, tid: Tid, signal: i32) -> Result<(), Errno> {
     // SAFETY: takes numbers only.
     let result = unsafe { libc::syscall(libc::SYS_tgkill, group, tid.as_raw(), signal) };
-    if result == -1 { Err(last_errno()) } else { Ok(()) }
+    if result == -1 {
+        Err(last_errno())
+    } else {
+        Ok(())
+    }
 }
-

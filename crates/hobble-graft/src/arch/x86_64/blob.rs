@@ -97,7 +97,6 @@ hobble_blob_start:
     lea rsi, [rbx + 40]
     mov edx, 1
     syscall
-.Lwait_return:
     cmp rax, -4
     je .Lwait
     cmp rax, 1
@@ -161,8 +160,6 @@ hobble_blob_layout:
     .long .Lentry_one - hobble_blob_start
     .long .Lone_return - hobble_blob_start
     .long .Lentry_batch - hobble_blob_start
-    .long .Lwait - hobble_blob_start
-    .long .Lwait_return - hobble_blob_start
     .long .Lunmapped - hobble_blob_start
     .popsection
 "#
@@ -172,7 +169,7 @@ unsafe extern "C" {
     static hobble_blob_start: u8;
     static hobble_blob_data: u8;
     static hobble_blob_end: u8;
-    static hobble_blob_layout: [u32; 6];
+    static hobble_blob_layout: [u32; 4];
 }
 
 /// The code and its data area, ready to be written to one address of a target.
@@ -180,7 +177,7 @@ unsafe extern "C" {
 pub(crate) struct Image {
     bytes: Vec<u8>,
     data: usize,
-    layout: [u32; 6],
+    layout: [u32; 4],
 }
 
 impl Image {
@@ -191,9 +188,13 @@ impl Image {
         let length = (&raw const hobble_blob_end).addr() - start.addr();
         // SAFETY: the assembler defines start and end around one run of initialised read-only bytes.
         let code = unsafe { core::slice::from_raw_parts(start, length) };
-        // SAFETY: the assembler defines six 32-bit words there; nobody writes them.
+        // SAFETY: the assembler defines four 32-bit words there; nobody writes them.
         let layout = unsafe { hobble_blob_layout };
-        Self { bytes: code.to_vec(), data, layout }
+        Self {
+            bytes: code.to_vec(),
+            data,
+            layout,
+        }
     }
 
     /// What is written to the target.
@@ -226,27 +227,39 @@ impl Image {
         self.layout[2].into()
     }
 
-    /// Whether a thread at this offset waits in the read for the next batch.
-    ///
-    /// A stop there shows the instruction after the call with the error still to be handled (-EINTR because of
-    /// `SO_RCVTIMEO`), or the call itself once the kernel has rewound it.
-    pub(crate) fn is_waiting(&self, offset: u64) -> bool {
-        (u64::from(self.layout[3])..=u64::from(self.layout[4])).contains(&offset)
-    }
-
     /// Whether a thread at this offset has passed the point from which on it resumes by itself.
     pub(crate) fn is_leaving(&self, offset: u64) -> bool {
-        (u64::from(self.layout[5])..self.data as u64).contains(&offset)
+        (u64::from(self.layout[3])..self.data as u64).contains(&offset)
     }
 
     /// Sets what `restore` loads: the registers to resume with and what to clean up before.
     pub(crate) fn set_ending(&mut self, resume: &Registers, ending: &Ending) {
         let r = resume.raw();
         let words = [
-            r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15,
-            r.rsp, r.rip, r.eflags,
-            ending.mask.unwrap_or(0), u64::from(ending.mask.is_some()),
-            ending.scratch.0, ending.scratch.1, ending.cleanup.0, ending.cleanup.1,
+            r.rax,
+            r.rbx,
+            r.rcx,
+            r.rdx,
+            r.rsi,
+            r.rdi,
+            r.rbp,
+            r.r8,
+            r.r9,
+            r.r10,
+            r.r11,
+            r.r12,
+            r.r13,
+            r.r14,
+            r.r15,
+            r.rsp,
+            r.rip,
+            r.eflags,
+            ending.mask.unwrap_or(0),
+            u64::from(ending.mask.is_some()),
+            ending.scratch.0,
+            ending.scratch.1,
+            ending.cleanup.0,
+            ending.cleanup.1,
         ];
         let area = self.bytes.get_mut(self.data..).unwrap_or_default();
         for (slot, word) in area.chunks_exact_mut(8).zip(words) {
@@ -267,7 +280,11 @@ mod tests {
         let code = &image.bytes()[..image.data];
         // int3 is 0xcc, int n is 0xcd; neither byte occurs in an encoding used here, not even as an operand.
         assert!(!code.contains(&0xcc) && !code.contains(&0xcd));
-        assert_eq!(&code[..2], &[0x0f, 0x05], "entry_one is the syscall instruction");
+        assert_eq!(
+            &code[..2],
+            &[0x0f, 0x05],
+            "entry_one is the syscall instruction"
+        );
     }
 
     #[test]
@@ -275,9 +292,26 @@ mod tests {
         let mut image = Image::new();
         let mut registers = Registers::default();
         registers.set_ip(0x1122_3344_5566_7788);
-        image.set_ending(&registers, &Ending { mask: Some(7), scratch: (0x1000, 0x2000), cleanup: (0x3000, 0x4000) });
+        image.set_ending(
+            &registers,
+            &Ending {
+                mask: Some(7),
+                scratch: (0x1000, 0x2000),
+                cleanup: (0x3000, 0x4000),
+            },
+        );
         let word = |at: usize| u64::from_le_bytes(image.data()[at..at + 8].try_into().unwrap());
         assert_eq!(word(128), 0x1122_3344_5566_7788);
-        assert_eq!([word(144), word(152), word(160), word(168), word(176), word(184)], [7, 1, 0x1000, 0x2000, 0x3000, 0x4000]);
+        assert_eq!(
+            [
+                word(144),
+                word(152),
+                word(160),
+                word(168),
+                word(176),
+                word(184)
+            ],
+            [7, 1, 0x1000, 0x2000, 0x3000, 0x4000]
+        );
     }
 }

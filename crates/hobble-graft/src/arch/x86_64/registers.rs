@@ -24,9 +24,33 @@ const SYSCALL_LENGTH: u64 = 2;
 impl Default for Registers {
     fn default() -> Self {
         Self(libc::user_regs_struct {
-            r15: 0, r14: 0, r13: 0, r12: 0, rbp: 0, rbx: 0, r11: 0, r10: 0, r9: 0, r8: 0, rax: 0, rcx: 0, rdx: 0,
-            rsi: 0, rdi: 0, orig_rax: u64::MAX, rip: 0, cs: USER_CS, eflags: 0, rsp: 0, ss: 0, fs_base: 0,
-            gs_base: 0, ds: 0, es: 0, fs: 0, gs: 0,
+            r15: 0,
+            r14: 0,
+            r13: 0,
+            r12: 0,
+            rbp: 0,
+            rbx: 0,
+            r11: 0,
+            r10: 0,
+            r9: 0,
+            r8: 0,
+            rax: 0,
+            rcx: 0,
+            rdx: 0,
+            rsi: 0,
+            rdi: 0,
+            orig_rax: u64::MAX,
+            rip: 0,
+            cs: USER_CS,
+            eflags: 0,
+            rsp: 0,
+            ss: 0,
+            fs_base: 0,
+            gs_base: 0,
+            ds: 0,
+            es: 0,
+            fs: 0,
+            gs: 0,
         })
     }
 }
@@ -136,7 +160,9 @@ pub(crate) fn dead_path(stopped: &Registers) -> Registers {
 /// them again is right. `close` is not among them: it has freed the number.
 pub(crate) fn restarts_after_stop(registers: &Registers) -> bool {
     registers.result() == -i64::from(libc::EINTR)
-        && registers.call().is_some_and(|call| RETURNS_PLAIN_EINTR.contains(&call))
+        && registers
+            .call()
+            .is_some_and(|call| RETURNS_PLAIN_EINTR.contains(&call))
 }
 
 /// Sorted by what they wait for. A wait with a relative time-out may last at most that time-out once more.
@@ -204,7 +230,10 @@ mod tests {
     fn dead_path_rewinds_what_the_kernel_would() {
         for errno in [512, 513, 514] {
             let next = dead_path(&stopped(libc::SYS_read, -errno));
-            assert_eq!((next.0.rax.cast_signed(), next.0.rip), (libc::SYS_read, 0xffe));
+            assert_eq!(
+                (next.0.rax.cast_signed(), next.0.rip),
+                (libc::SYS_read, 0xffe)
+            );
         }
         let next = dead_path(&stopped(libc::SYS_nanosleep, -516));
         assert_eq!((next.0.rax, next.0.rip), (219, 0xffe));

@@ -1,0 +1,822 @@
+//! System calls made by somebody else's thread.
+//!
+//! Owns a thread that stands still while it is [`Borrowed`], the code and memory it needs for that, and their removal. Invariants:
+//!
+//! * **We may be killed at any instruction and the thread goes on unharmed.** Our code (see [`crate::arch`]) lies in unused bytes behind
+//!   the target's vDSO; no instruction of the target is replaced, no breakpoint set. From every instruction of it the thread
+//!   finds its own way back: it closes what we opened in it, unmaps our memory, and loads the registers and the
+//!   signal mask it had, its interrupted system call restarted by hand. The orders below (registers before mask on the way in, mask
+//!   before registers on the way out, cells cleared before they are closed) keep that true between any two of our requests.
+//! * The thread's own stack is never touched, and its stack pointer never changed.
+//! * While we live, the thread ends in the same kind of stop in which it was found, with the same registers, so that the kernel
+//!   itself restarts what it was doing, with whatever signals have come meanwhile.
+//! * No call is made that overwrites the restart block (`nanosleep`, `poll`, `futex`, `rt_sigreturn`).
+//! * A restartable sequence (rseq) that was interrupted is aborted, as the kernel would have done.
+//!
+//! After two traced calls (for the scratch mapping and a pair of sockets) the thread serves batches of calls: it
+//! runs a table, writes a byte to its socket, and waits for the next byte in `read`. Thousands of calls then need no ptrace
+//! stop at all. End of file or two seconds without a word mean that we have died (the time-out is needed: another process
+//! may share our descriptor table and keep our end of the socket open).
+
+mod memory;
+mod place;
+mod residue;
+mod sys;
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
+
+pub(crate) use memory::Memory;
+pub use residue::{Cleaned, Residue, clean};
+
+use crate::arch::{self, CELL_1, CLEAR_CELL, ENTRY_SIZE, Ending, Entry, Image, NOT_RUN, Registers, STOP_ON_ERROR};
+use crate::ids::{Fd, Pid, ProcessId, Tid};
+use crate::proc::ProcError;
+use crate::proc::status::{self, Seccomp};
+use crate::stop::sys::{self as ptrace, Waited};
+use crate::stop::{Deadline, Patience, Standing, StopError, Stopped};
+
+/// Layout of the scratch mapping. The header's fields up to [`PEER`] are known to the code in the target.
+const PROGRESS: u64 = 8;
+const TABLE_FIRST: u64 = 16;
+const SOCKET: u64 = 48;
+const PEER: u64 = 52;
+const CLEANUP: u64 = 0x1000;
+const TABLE: u64 = 0x6000;
+const DATA: u64 = 0x1_8000;
+const SCRATCH_LENGTH: u64 = 0x2_0000;
+
+/// Where a received message goes: `struct msghdr`, `struct iovec`, the byte, the control buffer.
+const MESSAGE: u64 = DATA;
+const VECTOR: u64 = DATA + 64;
+const BYTE: u64 = DATA + 80;
+const CONTROL: u64 = DATA + 128;
+/// Behind the header of the one control message (`struct cmsghdr`: 8 + 4 + 4 bytes) lie the descriptor numbers.
+const CELLS: u64 = CONTROL + 16;
+
+/// `SCM_MAX_FD` of include/net/scm.h.
+pub(crate) const MESSAGE_DESCRIPTORS: usize = 253;
+
+/// Entries that fit into the table.
+const TABLE_ENTRIES: usize = ((DATA - TABLE) / ENTRY_SIZE as u64) as usize;
+const _: () = assert!(CLEANUP + (MESSAGE_DESCRIPTORS as u64 + 2) * ENTRY_SIZE as u64 <= TABLE);
+const _: () = assert!(CELLS + 4 * (MESSAGE_DESCRIPTORS as u64 + 1) <= SCRATCH_LENGTH);
+
+/// How long the code in the target waits for a word of ours before it takes us for dead.
+const SILENCE: i64 = 2;
+
+/// What giving a thread back may take at most when the budget is used up: it must be given back.
+const GIVE_BACK: Duration = Duration::from_millis(500);
+
+/// `MAP_FIXED_NOREPLACE`; older kernels than 4.17 take it for a hint.
+const MAP_FIXED_NOREPLACE: u64 = 0x10_0000;
+
+/// Why a system call could not be made in a target. The calls' own errors are not among them.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RemoteError {
+    /// The process has exited or was killed.
+    #[error("process {pid} is gone")]
+    Gone {
+        /// The process.
+        pid: Pid,
+    },
+    /// The thread is not among those that stand still.
+    #[error("thread {tid} does not stand still")]
+    NotStill {
+        /// The thread.
+        tid: Tid,
+    },
+    /// Nowhere to put our code or memory.
+    #[error("no {what} in process {pid}")]
+    NoRoom {
+        /// The process.
+        pid: Pid,
+        /// What was looked for.
+        what: &'static str,
+    },
+    /// The kernel refused a request of ours.
+    #[error("cannot {what} in process {pid}")]
+    Refused {
+        /// The process.
+        pid: Pid,
+        /// What was asked for.
+        what: &'static str,
+        /// The kernel's reason.
+        #[source]
+        errno: Errno,
+    },
+    /// A call that prepares the borrow failed in the target.
+    #[error("{call} failed in process {pid}")]
+    Call {
+        /// The process.
+        pid: Pid,
+        /// The system call.
+        call: &'static str,
+        /// Its error.
+        #[source]
+        errno: Errno,
+    },
+    /// Memory of the target could not be read or written.
+    #[error("cannot reach memory of process {pid} at {address:#x}")]
+    Memory {
+        /// The process.
+        pid: Pid,
+        /// The address.
+        address: u64,
+        /// The kernel's reason.
+        #[source]
+        errno: Errno,
+    },
+    /// The mappings of the process could not be read.
+    #[error("cannot look at process {pid}")]
+    Inspect {
+        /// The process.
+        pid: Pid,
+        /// What failed.
+        #[source]
+        source: ProcError,
+    },
+    /// The budget is used up.
+    #[error("a call in thread {tid} did not end in time")]
+    Late {
+        /// The thread.
+        tid: Tid,
+    },
+    /// The thread is not where we left it: it took us for dead and went on.
+    #[error("thread {tid} has taken its tracer for dead and gone on by itself")]
+    Lost {
+        /// The thread.
+        tid: Tid,
+    },
+    /// Our code in the target raised a signal.
+    #[error("code run in thread {tid} raised signal {signal}")]
+    Fault {
+        /// The thread.
+        tid: Tid,
+        /// The signal.
+        signal: i32,
+    },
+    /// A received message did not hold all descriptors.
+    #[error("process {pid} received {got} of {sent} descriptors")]
+    Truncated {
+        /// The process.
+        pid: Pid,
+        /// How many were sent.
+        sent: usize,
+        /// How many arrived.
+        got: usize,
+    },
+    /// The journal did not take the record of what would be left behind; nothing was done.
+    #[error("cannot record what would be left in process {pid}")]
+    Record {
+        /// The process.
+        pid: Pid,
+        /// The journal's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The process could not be stopped for cleaning.
+    #[error("cannot stop the process to clean it")]
+    Stop(#[from] StopError),
+    /// A thread is still inside code of a dead tracer.
+    #[error("a thread of process {pid} is still inside code of a dead tracer")]
+    StillInside {
+        /// The process.
+        pid: Pid,
+    },
+    /// A record of what was left behind does not look like one of ours.
+    #[error("the record of what was left behind has a bad {field}")]
+    BadResidue {
+        /// The field.
+        field: &'static str,
+    },
+}
+
+/// One system call to be made by a borrowed thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Call(Entry);
+
+impl Call {
+    /// A call with plain arguments, the rest 0.
+    pub(crate) fn new(number: i64, arguments: &[u64]) -> Self {
+        let mut all = [0; 6];
+        for (slot, argument) in all.iter_mut().zip(arguments) {
+            *slot = *argument;
+        }
+        let number = u32::try_from(number).unwrap_or(u32::MAX);
+        Self(Entry { number, flags: 0, arguments: all, result: NOT_RUN })
+    }
+
+    /// The first argument is a received descriptor.
+    pub(crate) fn first_is(mut self, cell: Cell) -> Self {
+        let [first, ..] = &mut self.0.arguments;
+        *first = cell.0;
+        self.0.flags |= CELL_1;
+        self
+    }
+
+    /// The fifth argument is a received descriptor.
+    pub(crate) fn fifth_is(mut self, cell: Cell) -> Self {
+        let [_, _, _, _, fifth, _] = &mut self.0.arguments;
+        *fifth = cell.0;
+        self.0.flags |= arch::CELL_5;
+        self
+    }
+
+    /// An error of this call ends the batch.
+    pub(crate) fn or_stop(mut self) -> Self {
+        self.0.flags |= STOP_ON_ERROR;
+        self
+    }
+
+    /// `close` of a received descriptor.
+    pub(crate) fn close(cell: Cell) -> Self {
+        let mut call = Self::new(libc::SYS_close, &[]).first_is(cell);
+        call.0.flags |= CLEAR_CELL;
+        call
+    }
+
+    /// What it returned; `None` when it was not made.
+    pub(crate) fn result(&self) -> Option<Result<u64, Errno>> {
+        (self.0.result != NOT_RUN).then(|| decode(self.0.result))
+    }
+}
+
+/// Splits what a system call returns.
+fn decode(result: i64) -> Result<u64, Errno> {
+    if (-4095..0).contains(&result) {
+        Err(Errno::from_raw_os_error(i32::try_from(-result).unwrap_or(libc::EIO)))
+    } else {
+        Ok(result.cast_unsigned())
+    }
+}
+
+/// Where in the target's memory the number of a received descriptor lies. It holds -1 when there is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cell(u64);
+
+/// Where the thread is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Position {
+    /// In a stop, its registers ours to set.
+    Trapped,
+    /// Serving batches, or on its way into the wait for the next.
+    Serving,
+    /// Not ours any more: gone, or gone on by itself.
+    Away,
+}
+
+/// A thread that makes system calls for us. Dropping it gives the thread back.
+#[derive(Debug)]
+pub struct Borrowed<'s> {
+    stopped: &'s mut Stopped,
+    pid: Pid,
+    tid: Tid,
+    memory: Memory,
+    image: Image,
+    residue: Residue,
+    /// The registers and mask to end with, as the kernel had them.
+    registers: Registers,
+    mask: u64,
+    seccomp: Seccomp,
+    position: Position,
+    socket: Option<OwnedFd>,
+    scratch: u64,
+    is_blocked: bool,
+}
+
+impl<'s> Borrowed<'s> {
+    /// Borrows a thread of `process` that stands still. `record` is given what would be left behind if we died, before anything is
+    /// changed; when it fails, nothing is.
+    ///
+    /// What remains if we die in here: at most the [`Residue`].
+    ///
+    /// # Errors
+    /// See [`RemoteError`]; the thread stands still as before.
+    pub fn open(
+        stopped: &'s mut Stopped,
+        process: ProcessId,
+        tid: Tid,
+        deadline: Deadline,
+        record: &mut dyn FnMut(&Residue) -> std::io::Result<()>,
+    ) -> Result<Self, RemoteError> {
+        let pid = process.pid;
+        let thread = stopped.thread_mut(tid).filter(|t| t.standing == Standing::Still && t.pid == pid);
+        let thread = thread.ok_or(RemoteError::NotStill { tid })?;
+        let refused = |what| move |errno| refused(pid, what, errno);
+        let registers = ptrace::registers(tid).map_err(refused("read registers"))?;
+        let mask = ptrace::signal_mask(tid).map_err(refused("read the signal mask"))?;
+        let mut memory = Memory::new(pid, tid);
+        let registers = abort_sequence(tid, registers, &mut memory)?;
+        let seccomp = status::of_thread(tid).map_err(|source| RemoteError::Inspect { pid, source })?.seccomp;
+        let mut image = Image::new();
+        let size = image.bytes().len();
+        let mappings = place::mappings(pid)?;
+        let code_address = place::for_code(pid, &mut memory, &mappings, size as u64)?;
+        let scratch = place::for_scratch(pid, &mappings, SCRATCH_LENGTH)?;
+        let mut original = vec![0; size];
+        memory.read(code_address, &mut original)?;
+        let residue = Residue {
+            pid: pid.as_raw(),
+            start_time: process.start_time,
+            tid: tid.as_raw(),
+            code_address,
+            original,
+            scratch_address: scratch,
+            scratch_length: SCRATCH_LENGTH,
+        };
+        record(&residue).map_err(|source| RemoteError::Record { pid, source })?;
+        // A strict target may not set its mask back by itself, so it is left alone: handlers then run in between.
+        let ending = Ending { mask: (seccomp != Seccomp::Strict).then_some(mask), ..Ending::default() };
+        image.set_ending(&arch::dead_path(&registers), &ending);
+        memory.force(code_address, image.bytes())?;
+        thread.standing = Standing::Borrowed;
+        let mut borrowed = Self {
+            stopped,
+            pid,
+            tid,
+            memory,
+            image,
+            residue,
+            registers,
+            mask,
+            seccomp,
+            position: Position::Trapped,
+            socket: None,
+            scratch: 0,
+            is_blocked: false,
+        };
+        // From here on Drop gives the thread back.
+        borrowed.prepare(scratch, deadline)?;
+        Ok(borrowed)
+    }
+
+    fn prepare(&mut self, scratch: u64, deadline: Deadline) -> Result<(), RemoteError> {
+        let mut written = vec![0; self.image.bytes().len()];
+        self.memory.read(self.residue.code_address, &mut written)?;
+        if written != self.image.bytes() {
+            return Err(RemoteError::Memory { pid: self.pid, address: self.residue.code_address, errno: Errno::IO });
+        }
+        if self.seccomp != Seccomp::Disabled {
+            ptrace::set_options(self.tid, ptrace::OPTIONS | ptrace::SUSPEND_SECCOMP)
+                .map_err(|errno| refused(self.pid, "suspend the seccomp filter", errno))?;
+        }
+        let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE) as u64 | MAP_FIXED_NOREPLACE;
+        let none = u64::MAX;
+        let got = self.call("mmap", libc::SYS_mmap, [scratch, SCRATCH_LENGTH, protection, flags, none, 0], deadline)?;
+        self.scratch = got;
+        self.set_ending((got, SCRATCH_LENGTH), (0, 0))?;
+        self.write_header()?;
+        let cleanup = (got + CLEANUP, got + CLEANUP + (MESSAGE_DESCRIPTORS + 2) as u64 * ENTRY_SIZE as u64);
+        self.set_ending((got, SCRATCH_LENGTH), cleanup)?;
+        let kind = (libc::SOCK_STREAM | libc::SOCK_CLOEXEC) as u64;
+        self.call("socketpair", libc::SYS_socketpair, [libc::AF_UNIX as u64, kind, 0, got + SOCKET, 0, 0], deadline)?;
+        self.socket = Some(self.take(Cell(got + PEER))?);
+        // Serve from here on. The first batch closes the other end and bounds the wait.
+        let mut timeval = [0; 16];
+        timeval[..8].copy_from_slice(&SILENCE.to_le_bytes());
+        self.memory.write(got + DATA, &timeval)?;
+        let option = [0, libc::SOL_SOCKET as u64, libc::SO_RCVTIMEO as u64, got + DATA, 16];
+        let calls = [
+            Call::close(Cell(got + PEER)),
+            Call::new(libc::SYS_setsockopt, &option).first_is(Cell(got + SOCKET)).or_stop(),
+        ];
+        let mut calls = calls;
+        self.run(&mut calls, deadline)?;
+        match calls.last().and_then(Call::result) {
+            Some(Ok(_)) => Ok(()),
+            Some(Err(errno)) => Err(RemoteError::Call { pid: self.pid, call: "setsockopt", errno }),
+            None => Err(RemoteError::Lost { tid: self.tid }),
+        }
+    }
+
+    /// The process.
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Makes one system call in the target and gives what it returned there.
+    ///
+    /// It must not overwrite the restart block (`nanosleep`, `poll`, `futex` with a time-out), end the thread, or wait for long: after two
+    /// seconds without a word from us the thread goes on by itself.
+    ///
+    /// # Errors
+    /// See [`RemoteError`]; the error of the call itself is the inner one.
+    pub fn system_call(&mut self, number: i64, arguments: [u64; 6], deadline: Deadline) -> Result<Result<u64, Errno>, RemoteError> {
+        let mut calls = [Call::new(number, &arguments)];
+        self.run(&mut calls, deadline)?;
+        let [call] = calls;
+        call.result().ok_or(RemoteError::Lost { tid: self.tid })
+    }
+
+    /// The memory of the process.
+    pub(crate) fn memory(&mut self) -> &mut Memory {
+        &mut self.memory
+    }
+
+    /// Writes the table that closes whatever is left in the cells, and empties the cells. Zeroes there would name descriptor 0.
+    fn write_header(&mut self) -> Result<(), RemoteError> {
+        let base = self.scratch;
+        self.memory.write(base + SOCKET, &[0xff; 8])?;
+        self.memory.write(base + CONTROL, &[0xff; 16 + 4 * (MESSAGE_DESCRIPTORS + 1)])?;
+        let cells = (0..MESSAGE_DESCRIPTORS as u64).map(|i| base + CELLS + 4 * i).chain([base + PEER, base + SOCKET]);
+        let table: Vec<u8> = cells.flat_map(|cell| Call::close(Cell(cell)).0.to_bytes()).collect();
+        self.memory.write(base + CLEANUP, &table)
+    }
+
+    /// What the code in the target does when it ends by itself.
+    fn set_ending(&mut self, scratch: (u64, u64), cleanup: (u64, u64)) -> Result<(), RemoteError> {
+        let mask = (self.seccomp == Seccomp::Disabled || self.seccomp == Seccomp::Filter).then_some(self.mask);
+        // A strict target would be killed for `close` and `munmap`: leave these to the record.
+        let ending = match mask {
+            Some(_) => Ending { mask, scratch, cleanup },
+            None => Ending { mask, scratch: (scratch.0, 0), cleanup: (0, 0) },
+        };
+        self.image.set_ending(&arch::dead_path(&self.registers), &ending);
+        let at = self.residue.code_address + self.image.data_offset();
+        let data = self.image.data().to_vec();
+        self.memory.force(at, &data)
+    }
+
+    /// A descriptor of the target, as one of ours.
+    fn take(&mut self, cell: Cell) -> Result<OwnedFd, RemoteError> {
+        let mut number = [0; 4];
+        self.memory.read(cell.0, &mut number)?;
+        let fd = Fd::new(i32::from_le_bytes(number)).ok_or(RemoteError::Lost { tid: self.tid })?;
+        self.get_fd(fd)
+    }
+
+    /// `pidfd_getfd` on the table of the borrowed thread (not of its process: a thread may have a table of its own).
+    pub(crate) fn get_fd(&self, fd: Fd) -> Result<OwnedFd, RemoteError> {
+        sys::get_fd(self.pid, self.tid, fd)
+            .map_err(|errno| refused(self.pid, "take a descriptor", errno))
+    }
+
+    /// Makes one call by tracing it. Only while the thread is trapped.
+    fn call(&mut self, name: &'static str, number: i64, arguments: [u64; 6], deadline: Deadline) -> Result<u64, RemoteError> {
+        let number = u32::try_from(number).unwrap_or(u32::MAX);
+        let entry = self.residue.code_address + self.image.entry_one();
+        let registers = self.registers.for_call(entry, number, arguments);
+        ptrace::set_registers(self.tid, &registers).map_err(|errno| refused(self.pid, "set registers", errno))?;
+        if !self.is_blocked && self.seccomp != Seccomp::Strict {
+            // After the registers: dying in between, the thread runs our code, which sets the mask back.
+            ptrace::set_signal_mask(self.tid, u64::MAX).map_err(|errno| refused(self.pid, "block signals", errno))?;
+            self.is_blocked = true;
+        }
+        let after = self.residue.code_address + self.image.one_return();
+        let mut stops = 0;
+        loop {
+            ptrace::resume_to_call(self.tid, 0).map_err(|errno| refused(self.pid, "resume a thread", errno))?;
+            let now = self.await_stop(true, deadline)?;
+            // A handler that a strict target runs in between makes calls (`rt_sigreturn`) that are not ours.
+            if now.ip() != after {
+                continue;
+            }
+            stops += 1;
+            // Interrupted calls are made again by the kernel: one more entry and exit.
+            let restarts = (-516..=-512).contains(&now.result());
+            if stops % 2 == 0 && !restarts {
+                return decode(now.result()).map_err(|errno| RemoteError::Call { pid: self.pid, call: name, errno });
+            }
+        }
+    }
+
+    /// Waits until the thread stops for a system call (`at_call`) or because we interrupted it, and gives its registers.
+    fn await_stop(&mut self, at_call: bool, deadline: Deadline) -> Result<Registers, RemoteError> {
+        let patience = Patience::new();
+        loop {
+            match ptrace::next_stop(self.tid) {
+                Waited::Nothing if deadline.passed() => return Err(RemoteError::Late { tid: self.tid }),
+                Waited::Nothing => patience.wait(),
+                Waited::Gone => return Err(self.gone()),
+                Waited::Stopped(status) => {
+                    let is_call = status == libc::SIGTRAP | 0x80;
+                    let is_event = status >> 8 == crate::stop::EVENT_STOP;
+                    if (at_call && is_call) || (!at_call && is_event) {
+                        self.position = Position::Trapped;
+                        return ptrace::registers(self.tid).map_err(|errno| refused(self.pid, "read registers", errno));
+                    }
+                    if !at_call {
+                        // Any stop cancels the request to stop: make it again.
+                        ptrace::interrupt(self.tid).map_err(|errno| refused(self.pid, "stop a thread", errno))?;
+                    }
+                    self.pass(status, at_call)?;
+                }
+            }
+        }
+    }
+
+    /// Lets a thread go on from a stop that is none of ours.
+    fn pass(&mut self, status: i32, to_call: bool) -> Result<(), RemoteError> {
+        let signal = status & 0x7f;
+        let mut deliver = 0;
+        if status >> 8 == 0 && status & 0x80 == 0 {
+            match signal {
+                libc::SIGSTOP => {
+                    if let Some(thread) = self.stopped.thread_mut(self.tid) {
+                        thread.held_signal = Some(signal);
+                    }
+                }
+                // Only an instruction of ours can raise these while signals are blocked.
+                libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE | libc::SIGTRAP | libc::SIGSYS => {
+                    self.position = Position::Trapped;
+                    return Err(RemoteError::Fault { tid: self.tid, signal });
+                }
+                other => deliver = other,
+            }
+        }
+        let resumed = if to_call { ptrace::resume_to_call(self.tid, deliver) } else { ptrace::resume(self.tid, deliver) };
+        resumed.map_err(|errno| refused(self.pid, "resume a thread", errno))
+    }
+
+    fn gone(&mut self) -> RemoteError {
+        self.position = Position::Away;
+        if let Some(thread) = self.stopped.thread_mut(self.tid) {
+            thread.standing = Standing::Gone;
+        }
+        RemoteError::Gone { pid: self.pid }
+    }
+
+    /// Makes the calls in order and fills in their results. Calls after one that fails and [`Call::or_stop`]s are not made.
+    ///
+    /// What remains if we die in here: the calls of the batch that runs are still made, up to the first that fails and stops.
+    pub(crate) fn run(&mut self, calls: &mut [Call], deadline: Deadline) -> Result<(), RemoteError> {
+        for batch in calls.chunks_mut(TABLE_ENTRIES) {
+            let bytes: Vec<u8> = batch.iter().flat_map(|call| call.0.to_bytes()).collect();
+            let first = self.scratch + TABLE;
+            let end = first + bytes.len() as u64;
+            self.memory.write(first, &bytes)?;
+            let mut header = [0; 16];
+            header[..8].copy_from_slice(&first.to_le_bytes());
+            header[8..].copy_from_slice(&end.to_le_bytes());
+            self.memory.write(self.scratch + TABLE_FIRST, &header)?;
+            self.start_batch()?;
+            self.await_byte(deadline)?;
+            let reached = self.memory.read_u64(self.scratch + PROGRESS)?;
+            let made = usize::try_from(reached.saturating_sub(first) / ENTRY_SIZE as u64).unwrap_or(0).min(batch.len());
+            let mut results = vec![0; made * ENTRY_SIZE];
+            self.memory.read(first, &mut results)?;
+            for (call, bytes) in batch.iter_mut().zip(results.chunks_exact(ENTRY_SIZE)) {
+                if let Some(Ok(word)) = bytes.get(ENTRY_SIZE - 8..).map(<[u8; 8]>::try_from) {
+                    call.0.result = i64::from_le_bytes(word);
+                }
+            }
+            let failed = batch.iter().any(|call| call.0.flags & STOP_ON_ERROR != 0 && !matches!(call.result(), Some(Ok(_))));
+            if made < batch.len() || failed {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the calls and demands that all of them succeed; gives what they returned.
+    pub(crate) fn run_one(&mut self, name: &'static str, call: Call, deadline: Deadline) -> Result<u64, RemoteError> {
+        let mut calls = [call];
+        self.run(&mut calls, deadline)?;
+        match calls.first().and_then(Call::result) {
+            Some(Ok(value)) => Ok(value),
+            Some(Err(errno)) => Err(RemoteError::Call { pid: self.pid, call: name, errno }),
+            None => Err(RemoteError::Lost { tid: self.tid }),
+        }
+    }
+
+    fn start_batch(&mut self) -> Result<(), RemoteError> {
+        match self.position {
+            Position::Away => Err(RemoteError::Lost { tid: self.tid }),
+            Position::Trapped => {
+                let entry = self.residue.code_address + self.image.entry_batch();
+                let registers = self.registers.for_call(entry, 0, [0; 6]);
+                ptrace::set_registers(self.tid, &registers).map_err(|errno| refused(self.pid, "set registers", errno))?;
+                ptrace::resume(self.tid, 0).map_err(|errno| refused(self.pid, "resume a thread", errno))?;
+                self.position = Position::Serving;
+                Ok(())
+            }
+            Position::Serving => {
+                let socket = self.socket.as_ref().ok_or(RemoteError::Lost { tid: self.tid })?;
+                let sent = rustix::net::send(socket, &[1], SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+                match sent {
+                    Ok(_) => Ok(()),
+                    Err(Errno::PIPE | Errno::CONNRESET) => Err(self.lost_or_gone()),
+                    Err(errno) => Err(refused(self.pid, "start a batch", errno)),
+                }
+            }
+        }
+    }
+
+    fn lost_or_gone(&mut self) -> RemoteError {
+        match ptrace::next_stop(self.tid) {
+            Waited::Gone => self.gone(),
+            _ => RemoteError::Lost { tid: self.tid },
+        }
+    }
+
+    /// Waits for the word that a table is done.
+    fn await_byte(&mut self, deadline: Deadline) -> Result<(), RemoteError> {
+        loop {
+            let socket = self.socket.as_ref().ok_or(RemoteError::Lost { tid: self.tid })?;
+            let mut byte = [0];
+            match rustix::net::recv(socket, &mut byte, RecvFlags::DONTWAIT) {
+                Ok((1.., _)) => return Ok(()),
+                Ok(_) | Err(Errno::CONNRESET) => return Err(self.lost_or_gone()),
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(errno) => return Err(refused(self.pid, "hear from the code", errno)),
+            }
+            // Half a millisecond at most, so that stops of the thread are seen too.
+            let timeout = rustix::event::Timespec { tv_sec: 0, tv_nsec: 500_000 };
+            let _ = rustix::event::poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&timeout));
+            match ptrace::next_stop(self.tid) {
+                Waited::Nothing => {}
+                Waited::Gone => return Err(self.gone()),
+                Waited::Stopped(status) => self.pass(status, false)?,
+            }
+            if deadline.passed() {
+                return Err(RemoteError::Late { tid: self.tid });
+            }
+        }
+    }
+
+    /// Sends descriptors of ours into the socket, to be received by [`Self::receive_call`].
+    pub(crate) fn send(&self, descriptors: &[BorrowedFd<'_>]) -> Result<(), RemoteError> {
+        use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage};
+        let socket = self.socket.as_ref().ok_or(RemoteError::Lost { tid: self.tid })?;
+        let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MESSAGE_DESCRIPTORS))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let fits = control.push(SendAncillaryMessage::ScmRights(descriptors));
+        debug_assert!(fits);
+        let byte = [std::io::IoSlice::new(&[2])];
+        rustix::net::sendmsg(socket, &byte, &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+            .map(drop)
+            .map_err(|errno| refused(self.pid, "send descriptors", errno))
+    }
+
+    /// Prepares the buffers for one message and gives the call that receives it. Descriptors of earlier messages must be closed.
+    pub(crate) fn receive_call(&mut self, descriptors: usize) -> Result<Call, RemoteError> {
+        let base = self.scratch;
+        // CMSG_LEN(n * 4), not CMSG_SPACE: the kernel must not fit one more in.
+        let control_length = 16 + 4 * descriptors as u64;
+        let mut bytes = Vec::with_capacity((CELLS - MESSAGE) as usize + 4 * MESSAGE_DESCRIPTORS);
+        for word in [0, 0, base + VECTOR, 1, base + CONTROL, control_length, 0, 0, base + BYTE, 1] {
+            bytes.extend_from_slice(&u64::to_le_bytes(word));
+        }
+        bytes.resize((CONTROL - MESSAGE) as usize, 0);
+        bytes.resize((CELLS - MESSAGE) as usize + 4 * MESSAGE_DESCRIPTORS, 0xff);
+        self.memory.write(base + MESSAGE, &bytes)?;
+        let flags = (libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT) as u64;
+        Ok(Call::new(libc::SYS_recvmsg, &[0, base + MESSAGE, flags]).first_is(Cell(base + SOCKET)).or_stop())
+    }
+
+    /// The cell of the `index`th descriptor of the message received last.
+    pub(crate) fn cell(&self, index: usize) -> Cell {
+        Cell(self.scratch + CELLS + 4 * index as u64)
+    }
+
+    /// How many descriptors of the last message the target still holds open in its cells.
+    pub(crate) fn open_cells(&mut self) -> Result<usize, RemoteError> {
+        let mut cells = [0; 4 * MESSAGE_DESCRIPTORS];
+        self.memory.read(self.scratch + CELLS, &mut cells)?;
+        Ok(cells.chunks_exact(4).filter(|cell| *cell != [0xff; 4]).count())
+    }
+
+    /// The calls that close what is left of the last message; those that are closed already cost nothing.
+    pub(crate) fn close_calls(&self, descriptors: usize) -> impl Iterator<Item = Call> + use<> {
+        let base = self.scratch;
+        (0..descriptors as u64).map(move |index| Call::close(Cell(base + CELLS + 4 * index)))
+    }
+
+    /// Memory for arguments of calls: 8 KiB that no received message uses.
+    pub(crate) fn argument_memory(&self) -> u64 {
+        self.scratch + DATA + 0x4000
+    }
+
+    /// Gives the thread back as it was.
+    ///
+    /// What remains if we die in here: at most the [`Residue`].
+    ///
+    /// # Errors
+    /// When the thread has gone, or cannot be taken back; it then goes on by itself within two seconds.
+    pub fn close(mut self) -> Result<(), RemoteError> {
+        self.give_back(Deadline::after(GIVE_BACK))
+    }
+
+    fn give_back(&mut self, deadline: Deadline) -> Result<(), RemoteError> {
+        let result = self.try_give_back(deadline);
+        self.position = Position::Away;
+        // Without our end of the socket the code in the target ends by itself.
+        self.socket = None;
+        if let Err(error) = &result {
+            if !matches!(error, RemoteError::Gone { .. }) {
+                tracing::warn!(pid = self.pid.as_raw(), tid = self.tid.as_raw(), %error, "thread was not given back cleanly");
+            }
+        }
+        result
+    }
+
+    fn try_give_back(&mut self, deadline: Deadline) -> Result<(), RemoteError> {
+        match self.position {
+            Position::Away => return Ok(()),
+            Position::Serving => {
+                ptrace::interrupt(self.tid).map_err(|errno| refused(self.pid, "stop a thread", errno))?;
+                let now = self.await_stop(false, deadline)?;
+                let offset = now.ip().wrapping_sub(self.residue.code_address);
+                let length = self.image.bytes().len() as u64;
+                if offset >= length || self.image.is_leaving(offset) {
+                    // It has restored itself, or is about to: its registers are its own.
+                    self.leave_it(Standing::Still);
+                    if offset >= length {
+                        let original = std::mem::take(&mut self.residue.original);
+                        self.memory.force(self.residue.code_address, &original)?;
+                    }
+                    return Err(RemoteError::Lost { tid: self.tid });
+                }
+            }
+            Position::Trapped => {}
+        }
+        if self.scratch != 0 {
+            self.close_leftovers(deadline)?;
+        }
+        // Into the same kind of stop as at the beginning: the kernel then finishes the interrupted call.
+        ptrace::interrupt(self.tid).map_err(|errno| refused(self.pid, "stop a thread", errno))?;
+        ptrace::resume(self.tid, 0).map_err(|errno| refused(self.pid, "resume a thread", errno))?;
+        self.await_stop(false, deadline)?;
+        // The mask before the registers: dying in between, our code sets it once more and loads the registers.
+        if self.is_blocked {
+            ptrace::set_signal_mask(self.tid, self.mask).map_err(|errno| refused(self.pid, "set the signal mask", errno))?;
+            self.is_blocked = false;
+        }
+        ptrace::set_registers(self.tid, &self.registers).map_err(|errno| refused(self.pid, "set registers", errno))?;
+        if self.seccomp != Seccomp::Disabled {
+            ptrace::set_options(self.tid, ptrace::OPTIONS).map_err(|errno| refused(self.pid, "resume the seccomp filter", errno))?;
+        }
+        self.leave_it(Standing::Still);
+        let original = std::mem::take(&mut self.residue.original);
+        self.memory.force(self.residue.code_address, &original)
+    }
+
+    fn leave_it(&mut self, standing: Standing) {
+        self.position = Position::Away;
+        if let Some(thread) = self.stopped.thread_mut(self.tid) {
+            thread.standing = standing;
+            thread.undo_eintr();
+        }
+    }
+
+    /// Closes and unmaps what we made, the record of each cleared before: were we to die in between, a leak is harmless and a number closed
+    /// twice is not.
+    fn close_leftovers(&mut self, deadline: Deadline) -> Result<(), RemoteError> {
+        let mut cells = [0; 4 * MESSAGE_DESCRIPTORS];
+        let mut ends = [0; 8];
+        self.memory.read(self.scratch + CELLS, &mut cells)?;
+        self.memory.read(self.scratch + SOCKET, &mut ends)?;
+        let open: Vec<(u64, i32)> = (CELLS..)
+            .step_by(4)
+            .zip(cells.chunks_exact(4))
+            .chain((SOCKET..).step_by(4).zip(ends.chunks_exact(4)))
+            .filter_map(|(at, cell)| Some((at, i32::from_le_bytes(cell.try_into().ok()?))))
+            .filter(|(_, fd)| *fd >= 0)
+            .collect();
+        for (at, fd) in open {
+            self.memory.write(self.scratch + at, &[0xff; 4])?;
+            self.call("close", libc::SYS_close, [u64::from(fd.cast_unsigned()), 0, 0, 0, 0, 0], deadline)?;
+        }
+        self.set_ending((self.scratch, 0), (0, 0))?;
+        let scratch = std::mem::take(&mut self.scratch);
+        self.call("munmap", libc::SYS_munmap, [scratch, SCRATCH_LENGTH, 0, 0, 0, 0], deadline).map(drop)
+    }
+}
+
+impl Drop for Borrowed<'_> {
+    fn drop(&mut self) {
+        if self.position != Position::Away {
+            // Reported by give_back itself.
+            let _ = self.give_back(Deadline::after(GIVE_BACK));
+        }
+    }
+}
+
+fn refused(pid: Pid, what: &'static str, errno: Errno) -> RemoteError {
+    if errno == Errno::SRCH { RemoteError::Gone { pid } } else { RemoteError::Refused { pid, what, errno } }
+}
+
+/// Where a thread that was stopped inside a restartable sequence has to go on: at its abort handler. The kernel would send it there
+/// when it returns to the sequence (kernel/rseq.c, `rseq_ip_fixup`); after a call of ours it has forgotten the sequence.
+fn abort_sequence(tid: Tid, mut registers: Registers, memory: &mut Memory) -> Result<Registers, RemoteError> {
+    // EINVAL or EIO: a kernel before 5.13, or without rseq.
+    let Ok(Some(area)) = ptrace::rseq_area(tid) else { return Ok(registers) };
+    let descriptor = memory.read_u64(area + 8)?;
+    if descriptor == 0 {
+        return Ok(registers);
+    }
+    // struct rseq_cs: version and flags, start_ip, post_commit_offset, abort_ip. A program may leave a stale pointer, even to unmapped memory.
+    let word = |memory: &mut Memory, at| memory.read_u64(descriptor + at);
+    let (Ok(start), Ok(length), Ok(abort)) = (word(memory, 8), word(memory, 16), word(memory, 24)) else { return Ok(registers) };
+    if registers.ip().wrapping_sub(start) < length {
+        registers.set_ip(abort);
+    }
+    Ok(registers)
+}
