@@ -1,0 +1,171 @@
+//! What the end-to-end tests share: a scene with a volume, a state directory and a check for leaks.
+//!
+//! The tests below `tests/` drive the built `hobble` binary against real programs, one file per promise. They see nothing of
+//! Hobble's other crates. `HOBBLE_CYCLES` scales those that repeat themselves.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use hobble_testkit::hobble::Hobble;
+use hobble_testkit::leak::LeakCheck;
+use hobble_testkit::namespace::Namespace;
+use hobble_testkit::process::{self, Slot};
+use hobble_testkit::target::Target;
+use hobble_testkit::volume::{Kind, Volume};
+use hobble_testkit::{need, target};
+use serde_json::Value;
+
+/// How many cycles a repeating test makes: `$HOBBLE_CYCLES`, or `default`.
+pub fn cycles(default: u32) -> u32 {
+    std::env::var("HOBBLE_CYCLES")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(default)
+}
+
+/// Runs `test` in a mount namespace of its own with a fresh state directory, and checks that it leaves nothing behind.
+///
+/// # Errors
+/// What the test returns, or what it left.
+pub fn scene(kind: Kind, test: impl FnOnce(&Hobble, &Volume<'_>) -> Result<()>) -> Result<()> {
+    need::root()?;
+    need::fuse()?;
+    let namespace = Namespace::enter()?;
+    let volume = Volume::new(&namespace, kind)?;
+    let hobble = Hobble::new()?;
+    let leaks = LeakCheck::new(vec![hobble.state_dir().to_owned()])?;
+    test(&hobble, &volume)?;
+    leaks.finish()?;
+    let left = hobble.processes();
+    ensure!(left.is_empty(), "processes of hobble are left: {left:?}");
+    // Busy means that something still holds the backing filesystem.
+    volume.close()
+}
+
+/// The descriptors of every process of `target`, without standard streams and what is no file or directory of `volume`.
+///
+/// # Errors
+/// When a process is gone.
+pub fn movable(target: &Target) -> Result<BTreeMap<(u32, u32), Slot>> {
+    let mut all = BTreeMap::new();
+    for pid in target.pids() {
+        for (number, slot) in process::descriptors(pid)? {
+            if number > 2 && slot.movable() {
+                all.insert((pid, number), slot);
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// Fails unless exactly the descriptors on `volume` are hooked (`on`) or none is (`!on`), cwd included.
+///
+/// # Errors
+/// Names the first descriptors that are on the wrong side.
+pub fn assert_hooked(target: &Target, volume: &Path, on: bool) -> Result<()> {
+    let mut wrong = Vec::new();
+    let mut seen = 0;
+    for ((pid, number), slot) in movable(target)? {
+        if slot.link.starts_with(volume) {
+            seen += 1;
+            if slot.hooked != on {
+                wrong.push(format!(
+                    "fd {number} of {pid} -> {} on mount {}",
+                    slot.link.display(),
+                    slot.mount
+                ));
+            }
+        }
+    }
+    if !wrong.is_empty() {
+        wrong.truncate(5);
+        bail!(
+            "{} be on the hook: {wrong:#?}",
+            if on { "must" } else { "must not" }
+        );
+    }
+    ensure!(
+        seen > 0,
+        "the target has no descriptor on {}",
+        volume.display()
+    );
+    Ok(())
+}
+
+/// What must be the same before an attachment and after recovery: link, flags, inode, mount of every descriptor.
+///
+/// # Errors
+/// Lists differences.
+pub fn assert_same_descriptors(
+    before: &BTreeMap<(u32, u32), Slot>,
+    after: &BTreeMap<(u32, u32), Slot>,
+) -> Result<()> {
+    let key = |slot: &Slot| (slot.link.clone(), slot.flags, slot.inode, slot.mount);
+    let mut wrong: Vec<String> = before
+        .iter()
+        .filter_map(|(place, slot)| match after.get(place) {
+            None => Some(format!("{place:?} is gone: {slot:?}")),
+            Some(now) if key(now) != key(slot) => {
+                Some(format!("{place:?}: {slot:?} became {now:?}"))
+            }
+            Some(_) => None,
+        })
+        .chain(
+            after
+                .keys()
+                .filter(|place| !before.contains_key(place))
+                .map(|place| format!("{place:?} is new")),
+        )
+        .collect();
+    if !wrong.is_empty() {
+        let count = wrong.len();
+        wrong.truncate(5);
+        bail!("{count} descriptors are not as before: {wrong:#?}");
+    }
+    Ok(())
+}
+
+/// A counter of a rule in a `recovered` event.
+///
+/// # Errors
+/// When there is no such rule.
+pub fn rule_count(recovered: &Value, rule: &str, counter: &str) -> Result<u64> {
+    let rules = recovered
+        .get("rules")
+        .and_then(Value::as_array)
+        .context("no rules in the event")?;
+    let found = rules
+        .iter()
+        .find(|each| each.get("name").and_then(Value::as_str) == Some(rule));
+    target::number(
+        found.with_context(|| format!("no rule {rule} in {recovered}"))?,
+        counter,
+    )
+}
+
+/// How often an errno was seen in an answer of the `ops` target.
+pub fn errno(answer: &Value, name: &str) -> u64 {
+    answer
+        .get("errno")
+        .and_then(|errno| errno.get(name))
+        .and_then(Value::as_u64)
+        .unwrap_or(0)
+}
+
+/// Looks at `condition` until it holds.
+///
+/// # Errors
+/// When it does not hold within `limit`.
+pub fn until(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) -> Result<Duration> {
+    let start = Instant::now();
+    while !condition() {
+        if start.elapsed() > limit {
+            bail!("not within {limit:?}: {what}");
+        }
+        // What is waited for happens in other processes, which tell nobody.
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(start.elapsed())
+}

@@ -1,0 +1,118 @@
+//! `cargo xtask setup`: what the tests need beyond Rust and a C compiler.
+//!
+//! Invariant: what is there is left alone, so a second run changes nothing and needs no network.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use hobble_testkit::command;
+use hobble_testkit::program::target_directory;
+
+use crate::tools;
+
+/// Commands that the tests call, and the Debian package that has each.
+const COMMANDS: &[(&str, &str)] = &[
+    ("cc", "gcc"),
+    ("ld", "binutils"),
+    ("python3", "python3"),
+    ("go", "golang-go"),
+    ("javac", "default-jdk-headless"),
+    ("java", "default-jdk-headless"),
+    ("git", "git"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("mkfs.xfs", "xfsprogs"),
+    ("mkfs.btrfs", "btrfs-progs"),
+    ("chattr", "e2fsprogs"),
+    ("getfattr", "attr"),
+    ("setfacl", "acl"),
+    ("mount", "mount"),
+    ("losetup", "mount"),
+    ("setpriv", "util-linux"),
+    ("unshare", "util-linux"),
+    ("ip", "iproute2"),
+];
+
+/// Test suites from crates.io: programs that are run, never linked.
+const SUITES: &[(&str, &str)] = &[("pjdfstest", "0.2.2"), ("fsx", "0.3.2")];
+
+/// Downloading a JDK and Go over a slow link takes a while.
+const INSTALL_LIMIT: Duration = Duration::from_secs(900);
+
+pub(crate) fn run() -> Result<()> {
+    packages()?;
+    suites()
+}
+
+fn packages() -> Result<()> {
+    let missing: BTreeSet<&str> = COMMANDS
+        .iter()
+        .filter(|(name, _)| command::find(name).is_none())
+        .map(|(_, package)| *package)
+        .collect();
+    if missing.is_empty() {
+        println!("setup: every system tool is there");
+        return Ok(());
+    }
+    println!(
+        "setup: installing {}",
+        missing.iter().copied().collect::<Vec<_>>().join(" ")
+    );
+    let Some(apt) = command::find("apt-get") else {
+        bail!(
+            "this machine has no apt-get: install these Debian packages or their equals: {missing:?}"
+        );
+    };
+    apt_get(&apt, &["update", "-qq"])?;
+    let mut arguments = vec!["install", "-y", "-qq", "--no-install-recommends"];
+    arguments.extend(&missing);
+    apt_get(&apt, &arguments)?;
+    for (name, package) in COMMANDS {
+        if command::find(name).is_none() {
+            bail!("{package} is installed but brought no {name}");
+        }
+    }
+    Ok(())
+}
+
+fn apt_get(apt: &std::path::Path, arguments: &[&str]) -> Result<()> {
+    let mut install = Command::new(apt);
+    install
+        .args(arguments)
+        .env("DEBIAN_FRONTEND", "noninteractive");
+    command::run(&mut install, INSTALL_LIMIT)
+        .map(drop)
+        .context("run `cargo xtask setup` as root, with Debian's registry in reach")
+}
+
+fn suites() -> Result<()> {
+    for (name, version) in SUITES {
+        if tools::suite(name).is_ok() {
+            println!("setup: {name} is there");
+            continue;
+        }
+        println!("setup: building {name} {version}");
+        let root = target_directory().join("tools");
+        fs::create_dir_all(&root).with_context(|| format!("cannot make {}", root.display()))?;
+        let mut install = tools::cargo();
+        install
+            .args([
+                "install",
+                "--quiet",
+                "--locked",
+                "--version",
+                version,
+                name,
+                "--root",
+            ])
+            .arg(&root)
+            // Both share what they have in common.
+            .arg("--target-dir")
+            .arg(root.join("build"))
+            .stdin(Stdio::null());
+        command::run(&mut install, INSTALL_LIMIT)?;
+    }
+    Ok(())
+}
