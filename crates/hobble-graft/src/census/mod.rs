@@ -11,13 +11,29 @@
 //! A census of running processes is a snapshot of a moving thing: it is complete only when taken, or re-scanned, while they
 //! are stopped.
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
 
 use crate::ids::{Device, Fd, MountId, Pid, ProcessId, Tid};
+use crate::proc::ProcError;
 use crate::proc::locks::FileLock;
-use crate::proc::maps::{Protection, VmFlags};
+use crate::proc::maps::{MapEntry, Protection, VmFlags};
 pub use crate::proc::pagemap::AddressRange;
+
+mod descriptions;
+mod directories;
+mod facts;
+mod groups;
+mod memory;
+mod scan;
+mod slots;
+
+/// Decides whether a file belongs to the volume. It must answer the same for the same facts, may be called from several threads,
+/// and does not block.
+pub type Volume<'a> = &'a (dyn Fn(&FileFacts) -> bool + Sync);
 
 /// A descriptor table (`files_struct`) of this census.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -210,6 +226,52 @@ pub enum Owner {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct OpenFlags(pub u32);
 
+impl OpenFlags {
+    /// Whether this is a place in the tree only (`O_PATH`).
+    pub fn is_path_only(self) -> bool {
+        self.has(libc::O_PATH)
+    }
+
+    /// Whether every write goes to the end (`O_APPEND`).
+    pub fn is_append(self) -> bool {
+        self.has(libc::O_APPEND)
+    }
+
+    /// Whether the page cache is passed by (`O_DIRECT`).
+    pub fn is_direct(self) -> bool {
+        self.has(libc::O_DIRECT)
+    }
+
+    /// What it may be used for.
+    pub fn access(self) -> Access {
+        if self.is_path_only() {
+            return Access::Path;
+        }
+        match self.0.cast_signed() & libc::O_ACCMODE {
+            libc::O_RDONLY => Access::Read,
+            libc::O_WRONLY => Access::Write,
+            libc::O_RDWR => Access::ReadWrite,
+            _ => Access::Neither,
+        }
+    }
+
+    fn has(self, flag: i32) -> bool {
+        self.0.cast_signed() & flag != 0
+    }
+}
+
+impl Owner {
+    /// From the type and the id of `struct f_owner_ex`; id 0 is nobody.
+    fn from_kernel(kind: i32, id: i32) -> Option<Self> {
+        match kind {
+            _ if id == 0 => None,
+            0 => Some(Self::Thread(id)),
+            1 => Some(Self::Process(id)),
+            _ => Some(Self::Group(id)),
+        }
+    }
+}
+
 /// What a description may be used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Access {
@@ -271,8 +333,11 @@ pub struct Mapping {
     pub file: MappedFileId,
     /// Pages of a private mapping that have a content of their own, as address ranges, ascending and not touching.
     pub dirty: Vec<AddressRange>,
-    /// Guard regions (`MADV_GUARD_INSTALL`), as address ranges, ascending and not touching.
+    /// Guard regions (`MADV_GUARD_INSTALL`) of a private mapping, as address ranges, ascending and not touching. Those of shared
+    /// mappings are not looked for: it would mean to visit every page of what may be a whole database.
     pub guards: Vec<AddressRange>,
+    /// The line of `maps` it was made from: what a re-scan compares.
+    pub(crate) map: MapEntry,
 }
 
 /// A FIFO, socket or device of the volume that is open. Never moved: what is open stays with the kernel's object, which is the
@@ -344,4 +409,225 @@ pub enum NotCovered {
         /// Its program.
         facts: FileFacts,
     },
+}
+
+/// Why there is no census.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CensusError {
+    /// A file in `/proc` could not be read or understood.
+    #[error("cannot inspect a process")]
+    Proc(#[from] ProcError),
+    /// The kernel does not let us look into a process that has more privileges than we have, or belongs to somebody else.
+    #[error("not permitted to look into process {pid}")]
+    Denied {
+        /// The process.
+        pid: Pid,
+        /// The kernel's reason.
+        #[source]
+        errno: Errno,
+    },
+    /// We have no free descriptors left to hold the target's open files with.
+    #[error("too few descriptors of our own to hold the open files of process {pid}")]
+    OutOfDescriptors {
+        /// The process whose files did not fit.
+        pid: Pid,
+        /// The kernel's reason: the limit of this process (EMFILE) or of the system (ENFILE).
+        #[source]
+        errno: Errno,
+    },
+    /// Two threads or descriptors could not be compared.
+    #[error("cannot compare what process {pid} shares")]
+    Compare {
+        /// One of the two.
+        pid: Pid,
+        /// The kernel's reason.
+        #[source]
+        errno: Errno,
+    },
+    /// A descriptor could not be looked at.
+    #[error("cannot look at descriptor {fd} of process {pid}")]
+    Descriptor {
+        /// The process.
+        pid: Pid,
+        /// The descriptor.
+        fd: Fd,
+        /// The kernel's reason.
+        #[source]
+        errno: Errno,
+    },
+}
+
+impl CensusError {
+    fn from_errno(path: &Path, pid: Pid, errno: Errno) -> Self {
+        match errno {
+            Errno::ACCESS | Errno::PERM => Self::Denied { pid, errno },
+            Errno::MFILE | Errno::NFILE => Self::OutOfDescriptors { pid, errno },
+            errno => Self::Proc(ProcError::errno(path, errno)),
+        }
+    }
+
+    fn slot(pid: Pid, fd: Fd, errno: Errno) -> Self {
+        match errno {
+            Errno::ACCESS | Errno::PERM => Self::Denied { pid, errno },
+            Errno::MFILE | Errno::NFILE => Self::OutOfDescriptors { pid, errno },
+            errno => Self::Descriptor { pid, fd, errno },
+        }
+    }
+
+    fn compare(pid: Pid, errno: Errno) -> Self {
+        match errno {
+            Errno::ACCESS | Errno::PERM => Self::Denied { pid, errno },
+            errno => Self::Compare { pid, errno },
+        }
+    }
+
+    /// Whether a process or thread was simply no longer there.
+    fn is_gone(&self) -> bool {
+        matches!(self, Self::Proc(error) if error.is_gone())
+    }
+}
+
+/// The inventory.
+#[derive(Debug, Default)]
+pub struct Census {
+    processes: Vec<Process>,
+    tables: Vec<Table>,
+    fs: Vec<FsStruct>,
+    spaces: Vec<AddressSpace>,
+    descriptions: descriptions::Descriptions,
+    mapped: memory::MappedFiles,
+    specials: Vec<Special>,
+    not_covered: Vec<NotCovered>,
+    slots: BTreeMap<TableId, scan::Slots>,
+    next: scan::Ids,
+}
+
+/// What a re-scan found to be different. All ids are of the census that was re-scanned.
+#[derive(Debug, Default)]
+pub struct Difference {
+    /// Descriptions that were not there before.
+    pub appeared: Vec<DescriptionId>,
+    /// Descriptions that no descriptor refers to any more. Dropping them lets go of the files.
+    pub vanished: Vec<Description>,
+    /// Descriptions whose descriptors are no longer the same: duplicated, closed, `FD_CLOEXEC` set or cleared.
+    pub moved: Vec<DescriptionId>,
+    /// Descriptions with another position, other flags, owner, signal, locks or name.
+    pub changed: Vec<DescriptionId>,
+    /// Pairs of directories that are new or have changed.
+    pub directories: Vec<FsId>,
+    /// Address spaces whose mappings of the volume have changed, those with other dirty pages included.
+    pub spaces: Vec<SpaceId>,
+    /// Whether processes, threads, or what they share have changed.
+    pub is_structural: bool,
+}
+
+impl Difference {
+    /// Whether nothing is different but positions and other state that is carried over at the last moment.
+    pub fn is_empty(&self) -> bool {
+        self.appeared.is_empty()
+            && self.vanished.is_empty()
+            && self.moved.is_empty()
+            && self.directories.is_empty()
+            && self.spaces.is_empty()
+            && !self.is_structural
+    }
+}
+
+/// Takes the census of `processes`. Those that have ended, or end meanwhile, are left out. `volume` says which files count.
+///
+/// Their pids must be of our own pid namespace, as `/proc` shows them. Nothing of the target changes; we come to hold its open
+/// files until the census is dropped.
+///
+/// # Errors
+/// When a process may not be looked into, our descriptors run out, or the kernel answers otherwise than it is known to.
+pub fn take(processes: &[ProcessId], volume: Volume<'_>) -> Result<Census, CensusError> {
+    let mut census = Census::default();
+    census.rescan(processes, volume)?;
+    Ok(census)
+}
+
+impl Census {
+    /// Looks again, at the same or other processes, and says what is different. What is found as it was is not derived anew, so
+    /// that this is fast enough to be done while the target stands still. After an error the census must not be used but for
+    /// dropping it: it may be half old and half new.
+    ///
+    /// Not noticed: a rename of a directory above a file whose own name stays, unless the link in `/proc` shows it; other hard
+    /// links of a file that come or go; a change of `madvise` or `mlock` flags alone, in processes with more than 512 MiB of
+    /// resident memory.
+    ///
+    /// # Errors
+    /// As [`take`].
+    pub fn rescan(
+        &mut self,
+        processes: &[ProcessId],
+        volume: Volume<'_>,
+    ) -> Result<Difference, CensusError> {
+        scan::rescan(self, processes, volume)
+    }
+
+    /// The processes that are alive, by ascending id.
+    pub fn processes(&self) -> &[Process] {
+        &self.processes
+    }
+
+    /// Their descriptor tables, by ascending id.
+    pub fn tables(&self) -> &[Table] {
+        &self.tables
+    }
+
+    /// Their pairs of directories, by ascending id.
+    pub fn fs_structs(&self) -> &[FsStruct] {
+        &self.fs
+    }
+
+    /// Their address spaces, by ascending id.
+    pub fn spaces(&self) -> &[AddressSpace] {
+        &self.spaces
+    }
+
+    /// The open file descriptions of the volume, by ascending id.
+    pub fn descriptions(&self) -> impl ExactSizeIterator<Item = &Description> {
+        self.descriptions.all()
+    }
+
+    /// One of them.
+    pub fn description(&self, id: DescriptionId) -> Option<&Description> {
+        self.descriptions.get(id)
+    }
+
+    /// The files that are mapped, by ascending id.
+    pub fn mapped_files(&self) -> &[MappedFile] {
+        &self.mapped.files
+    }
+
+    /// One of them.
+    pub fn mapped_file(&self, id: MappedFileId) -> Option<&MappedFile> {
+        self.mapped.files.iter().find(|file| file.id == id)
+    }
+
+    /// FIFOs, sockets and devices of the volume that are open: listed, never moved.
+    pub fn specials(&self) -> &[Special] {
+        &self.specials
+    }
+
+    /// What cannot be moved, and what may hide something that is not seen.
+    pub fn not_covered(&self) -> &[NotCovered] {
+        &self.not_covered
+    }
+
+    /// The volume's descriptors in one table, by ascending number, each with its description.
+    pub fn places_in(&self, table: TableId) -> Vec<(Place, DescriptionId)> {
+        let mut places: Vec<_> = self
+            .descriptions()
+            .flat_map(|d| {
+                d.places
+                    .iter()
+                    .filter(|p| p.table == table)
+                    .map(|p| (*p, d.id))
+            })
+            .collect();
+        places.sort_unstable_by_key(|(place, _)| place.fd);
+        places
+    }
 }

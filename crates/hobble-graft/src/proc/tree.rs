@@ -236,11 +236,11 @@ mod tests {
     fn we_are_in_our_mount_namespace() {
         let own = ProcessId::own().unwrap();
         let namespace = mount_namespace(own.pid).unwrap();
-        assert!(in_mount_namespace(namespace).unwrap().contains(&own));
-        assert!(
-            !in_mount_namespace(MountNamespaceId(1))
-                .unwrap()
-                .contains(&own)
+        let ours = in_mount_namespace(namespace).unwrap();
+        assert!(ours.processes.contains(&own) && !ours.opaque.contains(&own.pid));
+        assert_eq!(
+            in_mount_namespace(MountNamespaceId(1)).unwrap().processes,
+            []
         );
     }
 }

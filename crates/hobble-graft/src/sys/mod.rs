@@ -1,5 +1,6 @@
 //! System calls that no crate wraps: one short safe function each, borrowed descriptors in, owned descriptors out.
 #![allow(unsafe_code)]
 
+pub(crate) mod fcntl;
 pub(crate) mod kcmp;
 pub(crate) mod pagemap;
