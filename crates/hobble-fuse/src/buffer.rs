@@ -132,6 +132,12 @@ impl Buffer {
         self.raw.as_mut().map(Raw::request_mut).unwrap_or_default()
     }
 
+    /// Bytes of memory held.
+    #[cfg(test)]
+    pub(crate) fn capacity(&self) -> usize {
+        self.raw.as_ref().map_or(0, |raw| raw.bytes.capacity())
+    }
+
     /// What was read.
     pub(crate) fn request(&self) -> &[u8] {
         self.raw.as_ref().map(Raw::request).unwrap_or_default()

@@ -719,8 +719,9 @@ impl<'a> Arguments<'a> {
                 }
             }
             Opcode::Tmpfile => {
-                // A name follows, but it is "/" for every O_TMPFILE (vfs_tmpfile, fs/namei.c): it says nothing.
                 let raw: abi::CreateIn = self.structure("fuse_create_in")?;
+                // "/" for every O_TMPFILE (vfs_tmpfile, fs/namei.c): it says nothing.
+                self.string("name")?;
                 Op::Tmpfile {
                     flags: OFlags::from_bits_retain(raw.flags),
                     mode: raw.mode,
@@ -1097,3 +1098,6 @@ impl<'a> Arguments<'a> {
 fn optional_fh(flags: u32, fh: u64) -> Option<Fh> {
     (flags & abi::GETATTR_FH != 0).then_some(Fh(fh))
 }
+
+#[cfg(test)]
+mod tests;

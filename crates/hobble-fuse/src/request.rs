@@ -5,7 +5,6 @@
 
 use rustix::fs::OFlags;
 
-use crate::abi;
 use crate::buffer::{Buffer, DataBuffer, Pool};
 use crate::decode::{self, DecodeError, Header, Op, Protocol};
 use crate::ids::{Caller, NodeId, Unique};
@@ -123,7 +122,7 @@ impl Request {
     /// Bytes of memory held, for tests of the promise above.
     #[cfg(test)]
     pub(crate) fn footprint(&self) -> usize {
-        self.buffer.request().len()
+        self.buffer.capacity()
     }
 }
 
@@ -135,4 +134,64 @@ impl std::fmt::Debug for Request {
     }
 }
 
-const _: () = assert!(abi::IN_HEADER_SIZE == 40);
+#[cfg(test)]
+mod tests {
+    use zerocopy::IntoBytes;
+
+    use super::*;
+    use crate::{Features, abi};
+
+    fn write(data: &[u8], flags: u32) -> Request {
+        let body = abi::WriteIn {
+            size: data.len() as u32,
+            flags,
+            ..Default::default()
+        };
+        let header = abi::InHeader {
+            len: (abi::WRITE_PREFIX + data.len()) as u32,
+            opcode: Opcode::Write as u32,
+            ..Default::default()
+        };
+        let bytes = [header.as_bytes(), body.as_bytes(), data].concat();
+        Request::from_bytes(
+            &bytes,
+            Protocol {
+                minor: 45,
+                features: Features::MIRROR,
+            },
+        )
+        .unwrap()
+    }
+
+    fn data(request: &Request) -> &[u8] {
+        match request.op().unwrap() {
+            Op::Write { data, .. } => data,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn ten_thousand_waiting_writes_need_less_than_100_mib() {
+        let total: usize = (0..10_000)
+            .map(|_| write(&[1; 4096], 0).into_compact().footprint())
+            .sum();
+        assert!(total < 50 << 20, "{total} bytes");
+        let direct = libc::O_DIRECT.cast_unsigned();
+        let total: usize = (0..10_000)
+            .map(|_| write(&[1; 4096], direct).into_compact().footprint())
+            .sum();
+        assert!(total < 100 << 20, "{total} bytes with O_DIRECT");
+    }
+
+    #[test]
+    fn data_stays_aligned_where_the_backing_write_needs_it() {
+        let aligned = |request: &Request| data(request).as_ptr().addr().is_multiple_of(4096);
+        let contents: Vec<u8> = (0..=255).cycle().take(8192).collect();
+        let request = write(&contents, libc::O_DIRECT.cast_unsigned());
+        assert!(aligned(&request));
+        let request = request.into_compact().into_compact();
+        assert!(aligned(&request));
+        assert_eq!(data(&request), contents);
+        assert_eq!(data(&write(&contents, 0).into_compact()), contents);
+    }
+}

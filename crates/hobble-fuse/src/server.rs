@@ -323,6 +323,11 @@ impl Crew {
         loop {
             let mut buffer = self.pool.take();
             let len = match self.device.read(buffer.request_mut()) {
+                // Never from the kernel, but from a socket that stands in for it in tests.
+                Ok(0) => {
+                    self.ended.store(true, Ordering::SeqCst);
+                    return None;
+                }
                 Ok(len) => len,
                 // ENOENT: the request was interrupted while it was being read. EINTR: a signal for us. EAGAIN: somebody made
                 // the descriptor non-blocking (fuse_dev_do_read, fs/fuse/dev.c).
