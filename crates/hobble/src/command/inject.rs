@@ -1,0 +1,267 @@
+//! `hobble inject`: attach, tell what happens, and see to it that everything is put back.
+//!
+//! Invariants: once the attachment exists, the only ways out in the foreground are its `recovered` or `failed` event or the
+//! loss of its server, and a signal asks for recovery instead of ending the command; with `--detach` the command leaves as
+//! soon as the rules are in force.
+
+use std::sync::mpsc::{self, Receiver, TryRecvError};
+use std::time::{Duration, Instant};
+
+use anyhow::anyhow;
+use hobble_api::Timestamp;
+use hobble_api::event::{Event, EventKind, Progress, Recovered, Why};
+use hobble_api::exit::ExitCode;
+use hobble_api::status::Verdict;
+use hobble_attach::{AttachError, InjectOptions, Lifetime, Session};
+
+use crate::command::print;
+use crate::fail::{Fail, Outcome};
+use crate::intent;
+use crate::out::{Out, human_duration, printable};
+use crate::render;
+use crate::signals::Signals;
+
+/// How often the wait for events looks for signals.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Carries it out.
+pub(crate) fn run(intent: &intent::Inject, out: &mut Out) -> Outcome<()> {
+    for warning in &intent.warnings {
+        out.warn("warning:", &printable(warning));
+    }
+    if intent.dry_run {
+        return dry_run(&intent.options, out);
+    }
+    let signals = Signals::install()?;
+    let session = hobble_attach::inject(&intent.options)?;
+    Foreground {
+        options: &intent.options,
+        session,
+        signals,
+        asked: None,
+        why: None,
+        injecting: false,
+    }
+    .run(out)
+}
+
+/// Verdict, plan and who is affected; fails when it would be refused.
+fn dry_run(options: &InjectOptions, out: &mut Out) -> Outcome<()> {
+    let preflight = hobble_attach::preflight(options)?;
+    out.event(&Event::new(
+        Timestamp::now(),
+        "",
+        EventKind::Preflight(preflight.clone()),
+    ));
+    print(out, render::preflight(&preflight));
+    if preflight.verdict != Verdict::Refuse {
+        return Ok(());
+    }
+    let first = preflight.reasons.first();
+    let cause = first.map_or_else(
+        || "pre-flight refuses".to_owned(),
+        |reason| printable(&reason.text),
+    );
+    let mut fail = Fail::failed(anyhow!("refused: {cause}"))
+        .step("preflight")
+        .told();
+    if let Some(hint) = first.and_then(|reason| reason.hint.as_deref()) {
+        fail = fail.hint(hint);
+    }
+    Err(fail)
+}
+
+/// A recovery that was asked for because of a signal.
+struct Asked {
+    answer: Receiver<Result<(), AttachError>>,
+    /// Signals seen when it was asked for, and when its progress was last told.
+    signals: usize,
+}
+
+struct Foreground<'a> {
+    options: &'a InjectOptions,
+    session: Session,
+    signals: Signals,
+    asked: Option<Asked>,
+    why: Option<Why>,
+    injecting: bool,
+}
+
+impl Foreground<'_> {
+    fn run(mut self, out: &mut Out) -> Outcome<()> {
+        out.note(
+            "attachment:",
+            &format!("{} ({})", self.session.id(), self.options.path.display()),
+        );
+        let mut seen = 0;
+        loop {
+            self.look_at_signals(&mut seen, out)?;
+            self.look_at_answer(out);
+            let event = match self.session.next_event(LOOK) {
+                Ok(Some(event)) => event,
+                Ok(None) if self.session.ended() => return Err(self.ended_without_a_word()),
+                Ok(None) => continue,
+                Err(error) => return Err(self.lost(error)),
+            };
+            out.event(&event);
+            if let EventKind::Attaching(progress) = &event.kind {
+                out.progress(Instant::now(), &progress_text(progress));
+                continue;
+            }
+            out.progress_done();
+            // A failure is told once, by the error that ends the command.
+            if !out.is_json() && !matches!(event.kind, EventKind::Failed(_)) {
+                print(out, render::event(&event));
+            }
+            match event.kind {
+                EventKind::Injecting(_) => {
+                    self.injecting = true;
+                    if self.options.detach && self.asked.is_none() {
+                        self.say_how_to_end(out);
+                        return Ok(());
+                    }
+                    self.say_how_to_end(out);
+                }
+                EventKind::Recovering { why } => self.why = Some(why),
+                EventKind::Recovered(recovered) => return self.recovered(&recovered),
+                EventKind::Failed(failed) => {
+                    return Err(Fail::from(hobble_attach::failure(failed)).told());
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn say_how_to_end(&self, out: &mut Out) {
+        let id = self.session.id();
+        let end = match self.options.lifetime {
+            Lifetime::For(time) => format!("recovers in {}", human_duration(time)),
+            Lifetime::Forever => "never recovers by itself".to_owned(),
+        };
+        if self.options.detach {
+            out.note("note:", &format!("{end}, or by `hobble recover {id}`"));
+        } else {
+            out.note("note:", &format!("{end}, or by Ctrl-C"));
+        }
+    }
+
+    /// The first signal asks for recovery, a further one is told that it is going on.
+    fn look_at_signals(&mut self, seen: &mut usize, out: &mut Out) -> Outcome<()> {
+        let count = self.signals.count();
+        if count == *seen {
+            return Ok(());
+        }
+        *seen = count;
+        match &mut self.asked {
+            Some(asked) => {
+                asked.signals = count;
+                out.warn("warning:", "recovery is going on; ending it half way would leave the target on a dead filesystem");
+            }
+            None => {
+                out.note("note:", "recovering");
+                self.asked = Some(Asked {
+                    answer: self.ask()?,
+                    signals: count,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks for recovery on a thread of its own: the answer comes when it is done, and events are to be shown meanwhile.
+    fn ask(&self) -> Outcome<Receiver<Result<(), AttachError>>> {
+        let (sender, receiver) = mpsc::channel();
+        let client = self.session.client();
+        std::thread::Builder::new()
+            .name("recover".to_owned())
+            .spawn(move || {
+                // Nobody listens any more when the events told the end first.
+                let _ = sender.send(client.and_then(|mut client| client.recover(false)));
+            })
+            .map_err(|error| {
+                Fail::failed(error)
+                    .context("cannot ask for recovery")
+                    .needing_recovery()
+            })?;
+        Ok(receiver)
+    }
+
+    /// A refused recovery is told, and the next signal asks again.
+    fn look_at_answer(&mut self, out: &mut Out) {
+        let Some(asked) = &self.asked else { return };
+        match asked.answer.try_recv() {
+            Ok(Err(error)) if !self.session.ended() => {
+                Fail::from(error)
+                    .hint(format!(
+                        "`hobble recover --force {}` goes on regardless",
+                        self.session.id()
+                    ))
+                    .told()
+                    .report(out);
+                self.asked = None;
+            }
+            Ok(_) | Err(TryRecvError::Empty | TryRecvError::Disconnected) => {}
+        }
+    }
+
+    fn recovered(&self, recovered: &Recovered) -> Outcome<()> {
+        if !recovered.left.is_empty() {
+            return Err(Fail::failed(anyhow!("not everything could be put back"))
+                .step("recover")
+                .hint(format!("hobble recover {}", self.session.id()))
+                .needing_recovery()
+                .told());
+        }
+        match self.why {
+            Some(Why::TargetExit) => Err(Fail::failed(anyhow!("the target has exited"))
+                .step("recover")
+                .exiting(ExitCode::TargetVanished.code())
+                .told()),
+            Some(why @ (Why::LostServer | Why::LostLease | Why::HookLost | Why::Failed)) => {
+                Err(Fail::failed(anyhow!("ended early: {}", why.meaning()))
+                    .step("recover")
+                    .exiting(ExitCode::RolledBack.code())
+                    .told())
+            }
+            _ if !self.injecting => Err(Fail::failed(anyhow!(
+                "interrupted before any rule was in force"
+            ))
+            .step("inject")
+            .exiting(ExitCode::RolledBack.code())
+            .told()),
+            _ => Ok(()),
+        }
+    }
+
+    fn ended_without_a_word(&self) -> Fail {
+        Fail::failed(anyhow!(
+            "attachment {} ended without saying how",
+            self.session.id()
+        ))
+        .step("control")
+        .hint(format!(
+            "hobble show {0}; hobble recover {0}",
+            self.session.id()
+        ))
+        .needing_recovery()
+    }
+
+    fn lost(&self, error: AttachError) -> Fail {
+        Fail::from(error)
+            .context(format!("lost sight of attachment {}", self.session.id()))
+            .hint(format!(
+                "its holder puts everything back; `hobble recover {}` makes sure of it",
+                self.session.id()
+            ))
+            .needing_recovery()
+    }
+}
+
+fn progress_text(progress: &Progress) -> String {
+    let phase = printable(&progress.phase);
+    if progress.total > 0 {
+        format!("attaching: {phase} {}/{}", progress.done, progress.total)
+    } else {
+        format!("attaching: {phase}")
+    }
+}
