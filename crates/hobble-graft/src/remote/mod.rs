@@ -24,7 +24,7 @@ mod residue;
 mod sys;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
@@ -68,6 +68,9 @@ const _: () = assert!(CELLS + 4 * (MESSAGE_DESCRIPTORS as u64 + 1) <= SCRATCH_LE
 
 /// How long the code in the target waits for a word of ours before it takes us for dead.
 const SILENCE: i64 = 2;
+
+/// How often it must hear from us.
+const SPEAK_EVERY: Duration = Duration::from_millis(500);
 
 /// What giving a thread back may take at most when the budget is used up: it must be given back.
 const GIVE_BACK: Duration = Duration::from_millis(500);
@@ -288,6 +291,8 @@ pub struct Borrowed<'s> {
     socket: Option<OwnedFd>,
     scratch: u64,
     is_blocked: bool,
+    /// When the code in the target last heard from us.
+    spoken: Instant,
 }
 
 impl<'s> Borrowed<'s> {
@@ -350,6 +355,7 @@ impl<'s> Borrowed<'s> {
             socket: None,
             scratch: 0,
             is_blocked: false,
+            spoken: Instant::now(),
         };
         // From here on Drop gives the thread back.
         borrowed.prepare(scratch, deadline)?;
@@ -399,6 +405,11 @@ impl<'s> Borrowed<'s> {
     /// The process.
     pub fn pid(&self) -> Pid {
         self.pid
+    }
+
+    /// The thread.
+    pub fn tid(&self) -> Tid {
+        self.tid
     }
 
     /// Makes one system call in the target and gives what it returned there.
@@ -575,18 +586,16 @@ impl<'s> Borrowed<'s> {
         Ok(())
     }
 
-    /// Makes the calls and demands that all of them succeed; gives what they returned.
-    pub(crate) fn run_one(&mut self, name: &'static str, call: Call, deadline: Deadline) -> Result<u64, RemoteError> {
-        let mut calls = [call];
-        self.run(&mut calls, deadline)?;
-        match calls.first().and_then(Call::result) {
-            Some(Ok(value)) => Ok(value),
-            Some(Err(errno)) => Err(RemoteError::Call { pid: self.pid, call: name, errno }),
-            None => Err(RemoteError::Lost { tid: self.tid }),
+    /// To be called now and then during long work outside the target, which would otherwise take us for dead.
+    pub(crate) fn stay_awake(&mut self, deadline: Deadline) -> Result<(), RemoteError> {
+        if self.position == Position::Serving && self.spoken.elapsed() > SPEAK_EVERY {
+            self.run(&mut [Call::new(libc::SYS_gettid, &[])], deadline)?;
         }
+        Ok(())
     }
 
     fn start_batch(&mut self) -> Result<(), RemoteError> {
+        self.spoken = Instant::now();
         match self.position {
             Position::Away => Err(RemoteError::Lost { tid: self.tid }),
             Position::Trapped => {

@@ -1,0 +1,311 @@
+//! What one borrowed thread does for a switch, and how it is undone.
+//!
+//! Owns the order within a job and the room for descriptors that it needs. Invariant: what may have been changed is marked before the call that
+//! changes it, so that an undo never misses anything.
+
+use std::time::Instant;
+
+use rustix::io::Errno;
+
+use super::locks::{self, Hold};
+use super::steps::{LockHandover, MovedLock, Step, StepLog, Way};
+use super::{NotMoved, Report, SwitchError, descriptors, directories, mappings, sys};
+use crate::census::{FsId, Table, TableId};
+use crate::ids::{Fd, ProcessId, Tid};
+use crate::remote::{Borrowed, MESSAGE_DESCRIPTORS};
+use crate::stop::{Deadline, Stopped};
+
+/// Both ends of the pair of sockets.
+const SOCKETS: u64 = 2;
+/// Below this many descriptions a message, raising the limit is worth it.
+const FEW: u64 = 16;
+
+/// How far the handing over of locks has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Locks {
+    /// As the target wants them.
+    Full,
+    /// Some write locks may be read locks.
+    Weak,
+    /// The exchange has begun.
+    Lost,
+}
+
+/// Everything to be done by one thread.
+#[derive(Debug)]
+pub(super) struct Job<'a> {
+    pub(super) process: ProcessId,
+    pub(super) tid: Tid,
+    table: &'a Table,
+    pub(super) items: Vec<descriptors::Item<'a>>,
+    pub(super) directories: Vec<(FsId, directories::Item<'a>)>,
+    pub(super) mappings: Vec<mappings::Item<'a>>,
+    locks: Locks,
+}
+
+impl<'a> Job<'a> {
+    pub(super) fn new(process: ProcessId, tid: Tid, table: &'a Table) -> Self {
+        Self { process, tid, table, items: Vec::new(), directories: Vec::new(), mappings: Vec::new(), locks: Locks::Full }
+    }
+
+    /// Exchanges everything.
+    pub(super) fn run(
+        &mut self,
+        stopped: &mut Stopped,
+        deadline: Deadline,
+        log: &mut dyn StepLog,
+        handover: &mut dyn LockHandover,
+        report: &mut Report,
+    ) -> Result<(), SwitchError> {
+        self.with_thread(stopped, deadline, log, |job, borrowed, message, log| {
+            job.exchange_descriptors(borrowed, message, deadline, log, handover, report)?;
+            job.exchange_directories(borrowed, deadline, log, report)?;
+            if !job.mappings.is_empty() {
+                record(log, &job.mappings_step(Way::There, |_| true))?;
+                let (count, bytes) = mappings::exchange(borrowed, &mut job.mappings, Way::There, message, deadline)?;
+                report.mappings += count;
+                report.bytes_copied += bytes;
+            }
+            Ok(())
+        })
+    }
+
+    /// Puts back what may have been changed, and checks it.
+    pub(super) fn undo(
+        &mut self,
+        stopped: &mut Stopped,
+        deadline: Deadline,
+        log: &mut dyn StepLog,
+        handover: &mut dyn LockHandover,
+    ) -> Result<(), SwitchError> {
+        let untouched = self.locks == Locks::Full
+            && !self.items.iter().any(|i| i.is_touched)
+            && !self.directories.iter().any(|(_, i)| i.is_touched)
+            && !self.mappings.iter().any(|i| i.is_touched);
+        if untouched {
+            return Ok(());
+        }
+        self.with_thread(stopped, deadline, log, |job, borrowed, message, log| {
+            let mappings = if job.mappings.iter().any(|i| i.is_touched) {
+                // An undo does not wait for the log.
+                let _ = record(log, &job.mappings_step(Way::Back, |item| item.is_touched));
+                mappings::exchange(borrowed, &mut job.mappings, Way::Back, message, deadline).map(drop)
+            } else {
+                Ok(())
+            };
+            let directories = job.restore_directories(borrowed, deadline, log);
+            job.restore_descriptors(borrowed, message, deadline, log, handover)?;
+            directories.and(mappings)
+        })?;
+        self.verify()
+    }
+
+    /// Borrows the thread, with room for descriptors, and gives it back.
+    fn with_thread(
+        &mut self,
+        stopped: &mut Stopped,
+        deadline: Deadline,
+        log: &mut dyn StepLog,
+        work: impl FnOnce(&mut Self, &mut Borrowed<'_>, usize, &mut dyn StepLog) -> Result<(), SwitchError>,
+    ) -> Result<(), SwitchError> {
+        let (message, old) = self.make_room(log)?;
+        let result = (|| {
+            let mut step = |residue: &crate::remote::Residue| log.step(&Step::Borrow(residue.clone()));
+            let mut borrowed = Borrowed::open(stopped, self.process, self.tid, deadline, &mut step)?;
+            let done = work(self, &mut borrowed, message, log);
+            let closed = borrowed.close();
+            done?;
+            Ok(closed?)
+        })();
+        if let Some(limit) = old {
+            let pid = self.process.pid;
+            let put_back = sys::descriptor_limit(pid.as_raw(), Some(limit));
+            // A dead process needs no limit.
+            put_back.or_else(|errno| if errno == Errno::SRCH { Ok(limit) } else { Err(SwitchError::Limit { pid, errno }) })?;
+        }
+        result
+    }
+
+    /// How many descriptors a message may have; raises the soft limit where there is no room, and gives the old one.
+    fn make_room(&self, log: &mut dyn StepLog) -> Result<(usize, Option<(u64, u64)>), SwitchError> {
+        let pid = self.process.pid;
+        let limit = |new| {
+            sys::descriptor_limit(pid.as_raw(), new).map_err(|errno| match errno {
+                Errno::SRCH => SwitchError::Gone { pid },
+                errno => SwitchError::Limit { pid, errno },
+            })
+        };
+        let (soft, hard) = limit(None)?;
+        let used = self.table.descriptors as u64;
+        // dup3 onto a number at or above the soft limit is refused: the program may have lowered it since.
+        let highest = self.items.iter().flat_map(|i| &i.places).map(|(fd, _)| fd.as_raw()).max();
+        let needed = highest.map_or(0, |fd| u64::from(fd.cast_unsigned()) + 1);
+        let wanted = (self.items.len() + 1).max(self.mappings.len()).min(MESSAGE_DESCRIPTORS) as u64;
+        let room = |soft: u64| soft.saturating_sub(used).saturating_sub(SOCKETS);
+        let mut now = soft;
+        let mut old = None;
+        if soft < needed || room(soft) < wanted.min(FEW) {
+            let raised = needed.max(used + SOCKETS + wanted).min(hard).max(soft);
+            if raised > soft {
+                record(log, &Step::RaiseLimit { pid: pid.as_raw(), soft, raised })?;
+                old = Some(limit(Some((raised, hard)))?);
+                now = raised;
+            }
+        }
+        let message = room(now).min(wanted);
+        if message == 0 || now < needed {
+            if let Some(old) = old {
+                limit(Some(old))?;
+            }
+            return Err(SwitchError::TableFull { pid, used, hard });
+        }
+        Ok((usize::try_from(message).unwrap_or(1), old))
+    }
+
+    fn table_id(&self) -> TableId {
+        self.table.id
+    }
+
+    fn moved_locks(&self) -> Vec<MovedLock> {
+        locks::of_items(self.table_id(), self.process.pid, &self.items)
+    }
+
+    fn exchange_descriptors(
+        &mut self,
+        borrowed: &mut Borrowed<'_>,
+        message: usize,
+        deadline: Deadline,
+        log: &mut dyn StepLog,
+        handover: &mut dyn LockHandover,
+        report: &mut Report,
+    ) -> Result<(), SwitchError> {
+        if self.items.is_empty() {
+            return Ok(());
+        }
+        record(log, &self.descriptors_step(Way::There, |_| true))?;
+        let moved = self.moved_locks();
+        if moved.is_empty() {
+            report.descriptors += descriptors::place(borrowed, &mut self.items, Way::There, message, deadline)?;
+            return Ok(());
+        }
+        let pid = self.process.pid;
+        self.locks = Locks::Weak;
+        locks::hold(borrowed, &moved, Hold::Read, deadline)?;
+        handover.before(&moved, Way::There).map_err(|source| SwitchError::Handover { pid, source })?;
+        self.locks = Locks::Lost;
+        let lost = Instant::now();
+        report.descriptors += descriptors::place(borrowed, &mut self.items, Way::There, message, deadline)?;
+        locks::hold(borrowed, &moved, Hold::Read, deadline)?;
+        handover.after(&moved, Way::There).map_err(|source| SwitchError::Handover { pid, source })?;
+        locks::hold(borrowed, &moved, Hold::Full, deadline)?;
+        report.lock_window = report.lock_window.max(lost.elapsed());
+        report.locks += moved.len();
+        Ok(())
+    }
+
+    fn restore_descriptors(
+        &mut self,
+        borrowed: &mut Borrowed<'_>,
+        message: usize,
+        deadline: Deadline,
+        log: &mut dyn StepLog,
+        handover: &mut dyn LockHandover,
+    ) -> Result<(), SwitchError> {
+        let pid = self.process.pid;
+        let moved = self.moved_locks();
+        if !self.items.iter().any(|item| item.is_touched) {
+            if self.locks == Locks::Full {
+                return Ok(());
+            }
+            // Only weakened: through the old descriptors they are made full again.
+            handover.after(&moved, Way::Back).map_err(|source| SwitchError::Handover { pid, source })?;
+            locks::hold(borrowed, &moved, Hold::Full, deadline)?;
+            self.locks = Locks::Full;
+            return Ok(());
+        }
+        let _ = record(log, &self.descriptors_step(Way::Back, |item| item.is_touched));
+        if moved.is_empty() {
+            descriptors::place(borrowed, &mut self.items, Way::Back, message, deadline)?;
+            return Ok(());
+        }
+        handover.before(&moved, Way::Back).map_err(|source| SwitchError::Handover { pid, source })?;
+        descriptors::place(borrowed, &mut self.items, Way::Back, message, deadline)?;
+        locks::hold(borrowed, &moved, Hold::Read, deadline)?;
+        handover.after(&moved, Way::Back).map_err(|source| SwitchError::Handover { pid, source })?;
+        locks::hold(borrowed, &moved, Hold::Full, deadline)?;
+        self.locks = Locks::Full;
+        Ok(())
+    }
+
+    fn exchange_directories(
+        &mut self,
+        borrowed: &mut Borrowed<'_>,
+        deadline: Deadline,
+        log: &mut dyn StepLog,
+        report: &mut Report,
+    ) -> Result<(), SwitchError> {
+        for (fs, item) in &mut self.directories {
+            record(log, &directory_step(self.process, self.tid, Way::There, item.is_root))?;
+            match directories::change(borrowed, item, Way::There, deadline)? {
+                Ok(()) => report.directories += 1,
+                Err(errno) => {
+                    item.is_touched = false;
+                    report.not_moved.push(NotMoved::Directory { fs: *fs, is_root: item.is_root, errno });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn restore_directories(
+        &mut self,
+        borrowed: &mut Borrowed<'_>,
+        deadline: Deadline,
+        log: &mut dyn StepLog,
+    ) -> Result<(), SwitchError> {
+        let pid = self.process.pid;
+        // The root first here too: it leads through the working directory.
+        for (_, item) in self.directories.iter_mut().filter(|(_, item)| item.is_touched) {
+            let _ = record(log, &directory_step(self.process, self.tid, Way::Back, item.is_root));
+            directories::change(borrowed, item, Way::Back, deadline)?
+                .map_err(|errno| SwitchError::Directory { pid, errno })?;
+            item.is_touched = false;
+        }
+        Ok(())
+    }
+
+    /// Whether every descriptor refers to what was there before.
+    fn verify(&self) -> Result<(), SwitchError> {
+        use std::os::fd::AsRawFd as _;
+        let own = std::process::id().cast_signed();
+        for item in &self.items {
+            for (fd, _) in &item.places {
+                let same = crate::sys::kcmp::file(own, item.back.as_raw_fd(), self.tid.as_raw(), fd.as_raw());
+                match same {
+                    Ok(std::cmp::Ordering::Equal) => {}
+                    Err(Errno::SRCH) => return Err(SwitchError::Gone { pid: self.process.pid }),
+                    _ => return Err(SwitchError::NotRestored { pid: self.process.pid, fd: *fd }),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn descriptors_step(&self, way: Way, which: impl Fn(&descriptors::Item<'_>) -> bool) -> Step {
+        let numbers: Vec<i32> = self.items.iter().filter(|i| which(i)).flat_map(|i| &i.places).map(|(fd, _): &(Fd, bool)| fd.as_raw()).collect();
+        Step::Descriptors { pid: self.process.pid.as_raw(), tid: self.tid.as_raw(), way, numbers }
+    }
+
+    fn mappings_step(&self, way: Way, which: impl Fn(&mappings::Item<'_>) -> bool) -> Step {
+        let ranges = self.mappings.iter().filter(|i| which(i)).map(|i| (i.mapping.start, i.mapping.end)).collect();
+        Step::Mappings { pid: self.process.pid.as_raw(), way, ranges }
+    }
+}
+
+fn directory_step(process: ProcessId, tid: Tid, way: Way, is_root: bool) -> Step {
+    Step::Directory { pid: process.pid.as_raw(), tid: tid.as_raw(), way, is_root }
+}
+
+fn record(log: &mut dyn StepLog, step: &Step) -> Result<(), SwitchError> {
+    log.step(step).map_err(|source| SwitchError::Record { source })
+}

@@ -1,0 +1,46 @@
+//! What an open file description is besides the file: position, status flags, and who is told of I/O.
+
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+
+use rustix::fs::{OFlags, SeekFrom};
+use rustix::io::Errno;
+
+use crate::census::{Description, Owner};
+
+/// The flags that `F_SETFL` changes on Linux (fs/fcntl.c, `SETFL_MASK`).
+fn settable() -> OFlags {
+    OFlags::APPEND | OFlags::NONBLOCK | OFlags::DIRECT | OFlags::NOATIME | OFlags::from_bits_retain(libc::O_ASYNC.cast_unsigned())
+}
+
+/// Gives `to` the position, status flags, owner and signal that `facts` say the description has.
+///
+/// A description with `O_PATH` has none of these. A position of 0 is what a new description has and is not set: on a directory any other
+/// number is a cookie that only the same filesystem understands.
+///
+/// # Errors
+/// The first setting that the kernel refuses; those before it are made.
+pub fn copy_description_state(facts: &Description, to: BorrowedFd<'_>) -> Result<(), Errno> {
+    if facts.facts.is_path_only {
+        return Ok(());
+    }
+    if facts.position != 0 {
+        rustix::fs::seek(to, SeekFrom::Start(facts.position.cast_unsigned()))?;
+    }
+    let wanted = OFlags::from_bits_retain(facts.flags.0) & settable();
+    let has = rustix::fs::fcntl_getfl(to)?;
+    if has & settable() != wanted {
+        rustix::fs::fcntl_setfl(to, (has & !settable()) | wanted)?;
+    }
+    if let Some(owner) = facts.owner {
+        let (kind, id) = match owner {
+            Owner::Thread(id) => (super::sys::OwnerKind::Thread, id),
+            Owner::Process(id) => (super::sys::OwnerKind::Process, id),
+            Owner::Group(id) => (super::sys::OwnerKind::Group, id),
+        };
+        super::sys::set_owner(to.as_raw_fd(), kind, id)?;
+    }
+    if facts.signal != 0 {
+        super::sys::set_signal(to.as_raw_fd(), facts.signal)?;
+    }
+    Ok(())
+}
