@@ -45,3 +45,7 @@ pub use opcode::Opcode;
 pub use reply::{Delivery, Reply};
 pub use request::Request;
 pub use server::{Interrupt, Server, Service, StartError};
+pub use types::{
+    Attr, Entry, FileLock, LockKind, OpenMode, Opened, SetAttr, SetTime, StatFs, StatxAttr,
+    Timestamp, Whence,
+};

@@ -33,11 +33,21 @@ const PF_EXITING: u64 = 0x4;
 const SIGKILL_BIT: u64 = 1 << (libc::SIGKILL - 1);
 
 impl Proc {
+    /// Opens it and makes sure that it shows this process under the number it goes by: with the `/proc` of another pid
+    /// namespace every caller would seem to be gone, or be taken for somebody else (ESRCH then).
     pub(crate) fn open() -> Result<Self, Errno> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(Self {
-            root: rustix::fs::open("/proc", flags, Mode::empty())?,
-        })
+        let root = rustix::fs::open("/proc", flags, Mode::empty())?;
+        let me = rustix::fs::readlinkat(&root, "self", Vec::new())?;
+        if me.to_bytes()
+            != rustix::process::getpid()
+                .as_raw_nonzero()
+                .to_string()
+                .as_bytes()
+        {
+            return Err(Errno::SRCH);
+        }
+        Ok(Self { root })
     }
 
     /// Whether SIGKILL is pending for a thread. A kill of the process is pending in each of its threads (complete_signal,
@@ -53,15 +63,15 @@ impl Proc {
         }
     }
 
-    /// As [`Proc::killed`], and also whether the thread is exiting.
-    pub(crate) fn fate(&self, tid: Tid) -> Fate {
+    /// Whether a thread is on its way through `exit`, or gone. Does not look for signals.
+    pub(crate) fn exiting(&self, tid: Tid) -> Fate {
         if tid.0 == 0 {
             return Fate::Living;
         }
         let mut buffer = [0; 4096];
         match self.read(tid, "stat", &mut buffer) {
             Some(text) if is_exiting(text) => Fate::Exiting,
-            Some(_) => self.killed(tid),
+            Some(_) => Fate::Living,
             None => Fate::Gone,
         }
     }
@@ -169,8 +179,10 @@ mod tests {
             .as_raw_nonzero()
             .get()
             .cast_unsigned());
-        assert_eq!(proc.fate(me), Fate::Living);
-        assert_eq!(proc.fate(Tid(0)), Fate::Living);
-        assert_eq!(proc.fate(Tid(i32::MAX as u32)), Fate::Gone);
+        for look in [Proc::exiting, Proc::killed] {
+            assert_eq!(look(&proc, me), Fate::Living);
+            assert_eq!(look(&proc, Tid(0)), Fate::Living);
+            assert_eq!(look(&proc, Tid(i32::MAX as u32)), Fate::Gone);
+        }
     }
 }

@@ -122,7 +122,7 @@ impl Server {
     /// Answers INIT, then starts the readers.
     ///
     /// # Errors
-    /// See [`StartError`]. Nothing has been served then, and dropping the device ends the connection.
+    /// See [`StartError`]. No request has been served then, and dropping device and mount ends the connection.
     pub fn start(
         device: impl Into<Device>,
         service: Arc<dyn Service>,
@@ -147,7 +147,10 @@ impl Server {
         let device = device.into();
         let kernel = Kernel::start(device.clone()).map_err(StartError::Thread)?;
         service.started(&kernel, &negotiated);
-        let payload = usize::try_from(negotiated.max_write).unwrap_or(usize::MAX);
+        // The largest SETXATTR (64 KiB and a name) has to fit too, else the kernel fails it with E2BIG.
+        let payload = usize::try_from(negotiated.max_write)
+            .unwrap_or(usize::MAX)
+            .max(128 << 10);
         let crew = Arc::new(Crew {
             device: device.clone(),
             service,
@@ -166,14 +169,24 @@ impl Server {
             changed: Condvar::new(),
             watcher_asleep: AtomicBool::new(false),
         });
-        for _ in 0..crew.min {
-            crew.spawn().map_err(StartError::Thread)?;
-        }
         let watcher = Arc::clone(&crew);
         std::thread::Builder::new()
             .name("fuse-watch".into())
             .spawn(move || watcher.watch())
             .map_err(StartError::Thread)?;
+        for number in 0..crew.min {
+            match crew.spawn() {
+                Ok(()) => {}
+                Err(error) if number == 0 => {
+                    crew.ended.store(true, Ordering::SeqCst);
+                    crew.wake_watcher();
+                    return Err(StartError::Thread(error));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, number, "serving with fewer readers than asked for")
+                }
+            }
+        }
         Ok(Self {
             device,
             kernel,

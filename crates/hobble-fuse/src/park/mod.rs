@@ -116,7 +116,7 @@ struct Waiting {
 #[derive(Debug, Error)]
 pub enum LotError {
     /// `/proc` is needed to tell a kill from a harmless signal.
-    #[error("cannot open /proc")]
+    #[error("cannot use /proc (ESRCH: it is that of another pid namespace)")]
     Proc(#[source] Errno),
     /// No thread.
     #[error("cannot start a thread")]
@@ -243,7 +243,7 @@ impl Lot {
         let shared = self.shared();
         let tid = request.caller().tid;
         // Looked at before parking: a thread that exits now has been exiting when it sent this. One in `exit` gets no INTERRUPT.
-        if matches!(shared.proc.fate(tid), Fate::Exiting | Fate::Gone) {
+        if matches!(shared.proc.exiting(tid), Fate::Exiting | Fate::Gone) {
             return resume(request, reply, Wake::Released);
         }
         let unique = request.unique();
