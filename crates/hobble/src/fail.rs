@@ -26,6 +26,8 @@ pub(crate) struct Fail {
     code: u8,
     /// The step that failed, in the words of the `failed` event.
     step: String,
+    /// The attachment concerned; empty when there is none.
+    id: String,
     /// Outermost first.
     error: anyhow::Error,
     /// What `error` sums up; printed instead of it when there is any.
@@ -45,6 +47,7 @@ impl Fail {
         Self {
             code: ExitCode::Usage.code(),
             step: "options".to_owned(),
+            id: String::new(),
             error: anyhow::Error::msg(message.into()),
             mistakes: Vec::new(),
             hint: None,
@@ -58,6 +61,7 @@ impl Fail {
         Self {
             code: ExitCode::Failed.code(),
             step: "options".to_owned(),
+            id: String::new(),
             error: error.into(),
             mistakes: Vec::new(),
             hint: None,
@@ -92,6 +96,12 @@ impl Fail {
     /// Names the step that failed.
     pub(crate) fn step(mut self, step: impl Into<String>) -> Self {
         self.step = step.into();
+        self
+    }
+
+    /// Names the attachment concerned.
+    pub(crate) fn about(mut self, id: impl Into<String>) -> Self {
+        self.id = id.into();
         self
     }
 
@@ -140,12 +150,8 @@ impl Fail {
             out.note("hint:", hint);
         }
         if out.is_json() && !self.told {
-            let id = String::new();
-            out.event(&Event::new(
-                Timestamp::now(),
-                id,
-                EventKind::Failed(self.as_failed()),
-            ));
+            let failed = EventKind::Failed(self.as_failed());
+            out.event(&Event::new(Timestamp::now(), self.id.as_str(), failed));
         }
     }
 
@@ -165,6 +171,7 @@ impl From<AttachError> for Fail {
         Self {
             code: error.exit_code().code(),
             step: error.step().name().to_owned(),
+            id: String::new(),
             mistakes: Vec::new(),
             hint: error.hint().map(str::to_owned),
             rolled_back: error.rolled_back(),

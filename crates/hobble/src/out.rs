@@ -1,6 +1,7 @@
 //! Standard output and standard error.
 //!
-//! Invariants: standard output carries results and nothing else; with `--json` every line of it is one JSON object. A reader
+//! Invariants: standard output carries results and nothing else; with `--json` every line of it is one JSON object (for `exec`,
+//! whose standard output belongs to its command, JSON goes to standard error). A reader
 //! that goes away (`hobble inject … | head -1`) never ends the command: what it would have read is dropped, because a
 //! recovery may still have to be done.
 
@@ -43,6 +44,8 @@ impl Style {
 #[derive(Debug)]
 pub(crate) struct Out {
     json: bool,
+    /// Standard output belongs to somebody else.
+    results_aside: bool,
     colour_out: bool,
     colour_err: bool,
     err_is_terminal: bool,
@@ -64,11 +67,17 @@ impl Out {
         let err_is_terminal = std::io::stderr().is_terminal();
         Self {
             json,
+            results_aside: false,
             colour_out: wanted && !json && std::io::stdout().is_terminal(),
             colour_err: wanted && err_is_terminal,
             err_is_terminal,
             progress: None,
         }
+    }
+
+    /// Leaves standard output to somebody else: JSON goes to standard error from now on.
+    pub(crate) fn leave_stdout(&mut self) {
+        self.results_aside = true;
     }
 
     /// Whether results are JSON.
@@ -117,6 +126,10 @@ impl Out {
             return;
         }
         match serde_json::to_string(value) {
+            Ok(line) if self.results_aside => {
+                self.clear_progress();
+                let _ = writeln!(std::io::stderr().lock(), "{line}");
+            }
             Ok(line) => self.raw(&line),
             Err(error) => self.error(
                 "error:",

@@ -11,6 +11,8 @@ use crate::signals::{Signals, comes_from_terminal};
 
 /// Runs it; what the shell is told is the command's own exit code.
 pub(crate) fn run(intent: &intent::Exec, out: &mut Out) -> Outcome<u8> {
+    // Standard output belongs to the command.
+    out.leave_stdout();
     for warning in &intent.warnings {
         out.warn("warning:", &printable(warning));
     }
@@ -20,7 +22,6 @@ pub(crate) fn run(intent: &intent::Exec, out: &mut Out) -> Outcome<u8> {
         &intent.options,
         |event| {
             failed |= matches!(event.kind, EventKind::Failed(_));
-            // Standard output belongs to the command; Hobble's own words go to standard error unless JSON was asked for.
             out.event(event);
             if !out.is_json()
                 && matches!(event.kind, EventKind::Injecting(_) | EventKind::Attached(_))

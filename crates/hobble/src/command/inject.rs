@@ -34,15 +34,16 @@ pub(crate) fn run(intent: &intent::Inject, out: &mut Out) -> Outcome<()> {
     }
     let signals = Signals::install()?;
     let session = hobble_attach::inject(&intent.options)?;
-    Foreground {
+    let foreground = Foreground {
         options: &intent.options,
         session,
         signals,
         asked: None,
+        busy: Some("attaching"),
         why: None,
         injecting: false,
-    }
-    .run(out)
+    };
+    foreground.run(out)
 }
 
 /// Verdict, plan and who is affected; fails when it would be refused.
@@ -71,28 +72,28 @@ fn dry_run(options: &InjectOptions, out: &mut Out) -> Outcome<()> {
     Err(fail)
 }
 
-/// A recovery that was asked for because of a signal.
-struct Asked {
-    answer: Receiver<Result<(), AttachError>>,
-    /// Signals seen when it was asked for, and when its progress was last told.
-    signals: usize,
-}
+/// The answer to a recovery that was asked for because of a signal.
+type Asked = Receiver<Result<(), AttachError>>;
 
 struct Foreground<'a> {
     options: &'a InjectOptions,
     session: Session,
     signals: Signals,
     asked: Option<Asked>,
+    /// What is going on and may take long.
+    busy: Option<&'static str>,
     why: Option<Why>,
     injecting: bool,
 }
 
 impl Foreground<'_> {
     fn run(mut self, out: &mut Out) -> Outcome<()> {
-        out.note(
-            "attachment:",
-            &format!("{} ({})", self.session.id(), self.options.path.display()),
-        );
+        let path = self.options.path.to_string_lossy();
+        out.line(format!(
+            "attachment: {} ({})",
+            self.session.id(),
+            printable(&path)
+        ));
         let mut seen = 0;
         loop {
             self.look_at_signals(&mut seen, out)?;
@@ -100,7 +101,12 @@ impl Foreground<'_> {
             let event = match self.session.next_event(LOOK) {
                 Ok(Some(event)) => event,
                 Ok(None) if self.session.ended() => return Err(self.ended_without_a_word()),
-                Ok(None) => continue,
+                Ok(None) => {
+                    if let Some(busy) = self.busy {
+                        out.progress(Instant::now(), busy);
+                    }
+                    continue;
+                }
                 Err(error) => return Err(self.lost(error)),
             };
             out.event(&event);
@@ -116,13 +122,16 @@ impl Foreground<'_> {
             match event.kind {
                 EventKind::Injecting(_) => {
                     self.injecting = true;
+                    self.busy = None;
+                    self.say_how_to_end(out);
                     if self.options.detach && self.asked.is_none() {
-                        self.say_how_to_end(out);
                         return Ok(());
                     }
-                    self.say_how_to_end(out);
                 }
-                EventKind::Recovering { why } => self.why = Some(why),
+                EventKind::Recovering { why } => {
+                    self.why = Some(why);
+                    self.busy = Some("recovering");
+                }
                 EventKind::Recovered(recovered) => return self.recovered(&recovered),
                 EventKind::Failed(failed) => {
                     return Err(Fail::from(hobble_attach::failure(failed)).told());
@@ -152,24 +161,20 @@ impl Foreground<'_> {
             return Ok(());
         }
         *seen = count;
-        match &mut self.asked {
-            Some(asked) => {
-                asked.signals = count;
-                out.warn("warning:", "recovery is going on; ending it half way would leave the target on a dead filesystem");
-            }
-            None => {
-                out.note("note:", "recovering");
-                self.asked = Some(Asked {
-                    answer: self.ask()?,
-                    signals: count,
-                });
-            }
+        if self.asked.is_some() || self.why.is_some() {
+            out.warn(
+                "warning:",
+                "recovery is going on; ending it half way would leave the target on a dead filesystem",
+            );
+        } else {
+            out.note("note:", "recovering");
+            self.asked = Some(self.ask()?);
         }
         Ok(())
     }
 
     /// Asks for recovery on a thread of its own: the answer comes when it is done, and events are to be shown meanwhile.
-    fn ask(&self) -> Outcome<Receiver<Result<(), AttachError>>> {
+    fn ask(&self) -> Outcome<Asked> {
         let (sender, receiver) = mpsc::channel();
         let client = self.session.client();
         std::thread::Builder::new()
@@ -189,7 +194,7 @@ impl Foreground<'_> {
     /// A refused recovery is told, and the next signal asks again.
     fn look_at_answer(&mut self, out: &mut Out) {
         let Some(asked) = &self.asked else { return };
-        match asked.answer.try_recv() {
+        match asked.try_recv() {
             Ok(Err(error)) if !self.session.ended() => {
                 Fail::from(error)
                     .hint(format!(
@@ -239,6 +244,7 @@ impl Foreground<'_> {
             self.session.id()
         ))
         .step("control")
+        .about(self.session.id())
         .hint(format!(
             "hobble show {0}; hobble recover {0}",
             self.session.id()
@@ -248,6 +254,7 @@ impl Foreground<'_> {
 
     fn lost(&self, error: AttachError) -> Fail {
         Fail::from(error)
+            .about(self.session.id())
             .context(format!("lost sight of attachment {}", self.session.id()))
             .hint(format!(
                 "its holder puts everything back; `hobble recover {}` makes sure of it",

@@ -22,7 +22,7 @@ fn title(phase: &str) -> &str {
     match phase {
         "native" => "native",
         "attached" => "attached, no rules",
-        "slow-sync" => "20 ms on each sync",
+        "slow-sync" => "20 ms on WAL syncs",
         "failing-writes" => "EIO on 10 % of writes",
         "recovered" => "recovered",
         other => other,
