@@ -151,9 +151,9 @@ impl Hobble {
     {
         let mut command = Command::new(&self.binary);
         command
-            .arg("--state-dir")
-            .arg(&self.state)
             .args(arguments)
+            // By environment, which the server and the holder inherit: it is what tells whose they are.
+            .env("HOBBLE_STATE_DIR", &self.state)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             // A test's own directory may be what it hooks: commands run from elsewhere.
             .current_dir("/");
@@ -244,6 +244,40 @@ impl Hobble {
                         || fs::read(format!("/proc/{pid}/environ"))
                             .is_ok_and(|line| contains(&line, state)))
             })
+            .collect()
+    }
+
+    /// The holders: processes started by `__serve` that no other of these has for its parent.
+    pub fn holders(&self) -> Vec<u32> {
+        let serving = self.serving();
+        serving
+            .iter()
+            .filter(|(_, parent)| !serving.iter().any(|(pid, _)| pid == parent))
+            .map(|(pid, _)| *pid)
+            .collect()
+    }
+
+    /// The servers: children of the holders.
+    pub fn servers(&self) -> Vec<u32> {
+        let serving = self.serving();
+        serving
+            .iter()
+            .filter(|(_, parent)| serving.iter().any(|(pid, _)| pid == parent))
+            .map(|(pid, _)| *pid)
+            .collect()
+    }
+
+    /// Running processes of `__serve` with their parents.
+    fn serving(&self) -> Vec<(u32, u32)> {
+        self.processes()
+            .into_iter()
+            .filter(|pid| {
+                fs::read(format!("/proc/{pid}/cmdline"))
+                    .is_ok_and(|line| contains(&line, b"__serve"))
+            })
+            .filter_map(|pid| process::stat(&pid.to_string()).ok().map(|stat| (pid, stat)))
+            .filter(|(_, stat)| stat.state != 'Z')
+            .map(|(pid, stat)| (pid, stat.parent))
             .collect()
     }
 

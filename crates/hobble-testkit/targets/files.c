@@ -333,8 +333,7 @@ static void check_slot(struct slot *slot) {
     }
 }
 
-static void check(void) {
-    char at[PATH_MAX], want[PATH_MAX + 16];
+static void rest(void) {
     atomic_store(&state->run, 0);
     for (int tries = 0; atomic_load(&state->busy) > 0; tries++) {
         if (tries > 30000) {
@@ -343,6 +342,11 @@ static void check(void) {
         }
         nap_us(1000);
     }
+}
+
+static void check(void) {
+    char at[PATH_MAX], want[PATH_MAX + 16];
+    rest();
     for (int i = 0; i < count; i++)
         check_slot(&slots[i]);
     snprintf(want, sizeof want, "%s/cwd", directory);
@@ -407,7 +411,7 @@ int main(int argc, char **argv) {
         } else if (!strcmp(line, "reset")) {
             gap_reset();
         } else if (!strcmp(line, "pause")) {
-            atomic_store(&state->run, 0);
+            rest();
         } else if (!strcmp(line, "go")) {
             atomic_store(&state->run, busy);
         } else if (!strncmp(line, "tolerate ", 9)) {

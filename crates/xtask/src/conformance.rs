@@ -92,7 +92,7 @@ const VARIANTS: &[Variant] = &[
     },
     Variant {
         name: "no rule",
-        hook: Some(&["--no-rules"]),
+        hook: Some(&[]),
         environment: &[],
     },
     Variant {
@@ -107,7 +107,7 @@ const VARIANTS: &[Variant] = &[
     },
     Variant {
         name: "no passthrough",
-        hook: Some(&["--no-rules"]),
+        hook: Some(&[]),
         environment: &[("HOBBLE_MASK", "passthrough")],
     },
     Variant {

@@ -1,0 +1,672 @@
+//! Bad input and hostile conditions: each gives a clear error and a documented exit code, and leaves the target untouched.
+
+use std::fs;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use hobble_e2e::{assert_hooked, assert_same_descriptors, cycles, movable, scene, until};
+use hobble_testkit::command;
+use hobble_testkit::hobble::{Hobble, STEP};
+use hobble_testkit::process;
+use hobble_testkit::program::Program;
+use hobble_testkit::target::{Target, number, text};
+use hobble_testkit::volume::{Kind, Volume};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// A target with an open file on the volume, and an injection into it that must be refused.
+struct Refusal<'s> {
+    hobble: &'s Hobble,
+    target: Target,
+    at: String,
+}
+
+impl<'s> Refusal<'s> {
+    fn new(hobble: &'s Hobble, volume: &Volume<'_>) -> Result<Refusal<'s>> {
+        let at = text(volume.path())?.to_owned();
+        let mut target = Target::start(Program::Ops, [""; 0])?;
+        target.expect(&format!("open 1 +c {at}/file"))?;
+        target.expect("write 1 4 4096")?;
+        Ok(Refusal { hobble, target, at })
+    }
+
+    /// Injects with `arguments` and expects `code`, and every one of `words` on standard error.
+    fn refused(&self, arguments: &[&str], code: i32, words: &[&str]) -> Result<String> {
+        let arguments: Vec<&str> = ["inject"].iter().chain(arguments).copied().collect();
+        self.refused_command(self.hobble.command(&arguments), code, words)
+    }
+
+    fn refused_command(&self, mut inject: Command, code: i32, words: &[&str]) -> Result<String> {
+        let before = movable(&self.target)?;
+        let mounts = process::mounts(&self.target.pid().to_string())?;
+        let name = command::describe(&inject);
+        let said = command::output(&mut inject, STEP)?;
+        let message = check_refusal(&name, &said, code, words)?;
+        ensure!(
+            process::mounts(&self.target.pid().to_string())? == mounts,
+            "{name}: the target's mounts changed"
+        );
+        assert_same_descriptors(&self.target, &before)?;
+        let left = self.hobble.processes();
+        until(
+            "no process of Hobble is left",
+            Duration::from_secs(5),
+            || self.hobble.processes().is_empty(),
+        )
+        .with_context(|| format!("{name}: {left:?}"))?;
+        Ok(message)
+    }
+
+    /// `--pid` and `--path` of the target, with more.
+    fn with<'a>(&'a self, pid: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+        ["--pid", pid, "--path", &self.at]
+            .into_iter()
+            .chain(more.iter().copied())
+            .collect()
+    }
+
+    fn finish(mut self) -> Result<()> {
+        self.target.assert_running()?;
+        ensure!(number(&self.target.expect("write 1 10 4096")?, "ok")? == 10);
+        self.target.finish().map(drop)
+    }
+}
+
+fn check_refusal(name: &str, said: &Output, code: i32, words: &[&str]) -> Result<String> {
+    let message = String::from_utf8_lossy(&said.stderr).into_owned();
+    let whole = format!("{message}{}", String::from_utf8_lossy(&said.stdout));
+    ensure!(
+        said.status.code() == Some(code),
+        "{name}: ended with {} instead of {code}: {whole}",
+        said.status
+    );
+    ensure!(message.contains("error:"), "{name}: no `error:` in {whole}");
+    ensure!(!message.contains("panicked"), "{name}: {whole}");
+    for word in words {
+        ensure!(
+            message.to_lowercase().contains(&word.to_lowercase()),
+            "{name}: no {word:?} in {whole}"
+        );
+    }
+    Ok(message)
+}
+
+const EIO: [&str; 2] = ["--fault", "errno=EIO op=write"];
+
+#[test]
+fn no_such_process() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        // Above the largest pid that Linux gives (PID_MAX_LIMIT).
+        case.refused(
+            &["--pid", "4194305", "--path", &case.at, EIO[0], EIO[1]],
+            3,
+            &["4194305"],
+        )?;
+        case.finish()
+    })
+}
+
+#[test]
+fn a_zombie() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        let mut dead = Command::new("true").spawn()?;
+        let pid = dead.id().to_string();
+        until("it is a zombie", STEP, || {
+            process::stat(&pid).is_ok_and(|stat| stat.state == 'Z')
+        })?;
+        let refused = case.refused(
+            &["--pid", &pid, "--path", &case.at, EIO[0], EIO[1]],
+            3,
+            &[&pid],
+        );
+        dead.wait()?;
+        refused?;
+        case.finish()
+    })
+}
+
+#[test]
+fn a_path_that_is_not_there() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        let pid = case.target.pid().to_string();
+        let missing = format!("{}/missing", case.at);
+        case.refused(
+            &["--pid", &pid, "--path", &missing, EIO[0], EIO[1]],
+            1,
+            &["missing"],
+        )?;
+        case.finish()
+    })
+}
+
+#[test]
+fn a_path_outside_the_targets_root() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        let root = volume.directory("root")?;
+        let program = Program::Pause32.command()?;
+        fs::copy(program.get_program(), root.join("pause"))?;
+        let mut jail = Command::new("chroot");
+        jail.arg(&root).arg("/pause");
+        let jailed = Target::start_command(jail)?;
+        // It exists for us and not for the target; and dots do not lead out.
+        let pid = jailed.pid().to_string();
+        let outside = format!("/../../..{}", case.at);
+        for path in [case.at.as_str(), outside.as_str()] {
+            case.refused(&["--pid", &pid, "--path", path, EIO[0], EIO[1]], 1, &[])?;
+        }
+        drop(jailed);
+        case.finish()
+    })
+}
+
+#[test]
+fn places_that_are_never_hooked() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        let pid = case.target.pid().to_string();
+        for path in [
+            "/",
+            "/proc",
+            "/sys",
+            "/dev",
+            "/run",
+            "/proc/self",
+            "/sys/kernel",
+            "/dev/shm",
+        ] {
+            case.refused(&["--pid", &pid, "--path", path, EIO[0], EIO[1]], 1, &[path])?;
+        }
+        case.finish()
+    })
+}
+
+#[test]
+fn hobbles_own_directories_on_the_volume() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        let pid = case.target.pid().to_string();
+        // Journal and sockets below the volume, which Hobble would then reach through itself.
+        let mut inject = hobble.command(["inject"]);
+        inject
+            .args(case.with(&pid, &EIO))
+            .env("HOBBLE_STATE_DIR", volume.path().join("state"));
+        case.refused_command(inject, 1, &["state"])?;
+        let _ = fs::remove_dir(volume.path().join("state"));
+        case.finish()
+    })
+}
+
+#[test]
+fn no_root_and_a_missing_capability() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        let pid = case.target.pid().to_string();
+        // Where anybody may execute it.
+        let binary = volume.path().join("hobble");
+        fs::copy(hobble.binary(), &binary)?;
+        let arguments = case.with(&pid, &EIO);
+        let mut nobody = Command::new("setpriv");
+        nobody
+            .args(["--reuid=nobody", "--regid=nogroup", "--clear-groups", "--"])
+            .arg(&binary)
+            .arg("inject")
+            .args(&arguments);
+        nobody.env("HOBBLE_STATE_DIR", hobble.state_dir());
+        case.refused_command(nobody, 1, &["root"])?;
+        for (capability, name) in [
+            ("-sys_ptrace", "CAP_SYS_PTRACE"),
+            ("-sys_admin", "CAP_SYS_ADMIN"),
+        ] {
+            let mut less = Command::new("setpriv");
+            less.args(["--bounding-set", capability, "--"])
+                .arg(&binary)
+                .arg("inject")
+                .args(&arguments);
+            less.env("HOBBLE_STATE_DIR", hobble.state_dir());
+            case.refused_command(less, 1, &[name])?;
+        }
+        case.finish()
+    })
+}
+
+#[test]
+fn a_target_that_is_traced() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        let pid = case.target.pid().to_string();
+        let tracer = Target::start(Program::Tracer, [&pid])?;
+        case.refused(
+            &case.with(&pid, &EIO),
+            1,
+            &["traced", &tracer.pid().to_string()],
+        )?;
+        tracer.finish()?;
+        case.finish()
+    })
+}
+
+#[test]
+fn a_volume_that_is_attached_already() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let mut target = Target::start(Program::Ops, [""; 0])?;
+        target.expect(&format!("open 1 +c {}/file", text(volume.path())?))?;
+        let injection = hobble.attach(target.pid(), volume.path(), &EIO)?;
+        let pid = target.pid().to_string();
+        let said = hobble.output([
+            "inject",
+            "--pid",
+            &pid,
+            "--path",
+            text(volume.path())?,
+            EIO[0],
+            EIO[1],
+        ])?;
+        check_refusal("the second inject", &said, 1, &["already"])?;
+        ensure!(
+            number(&target.expect("write 1 10 64")?, "failed")? == 10,
+            "the first attachment was harmed"
+        );
+        injection.recover()?;
+        target.finish().map(drop)
+    })
+}
+
+#[test]
+fn a_stopped_target_stays_stopped() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let mut target = Target::start(Program::Ops, [""; 0])?;
+        target.expect(&format!("open 1 +c {}/file", text(volume.path())?))?;
+        target.signal(Signal::SIGSTOP)?;
+        let pid = target.pid();
+        let stopped = || process::stat(&pid.to_string()).is_ok_and(|stat| stat.state == 'T');
+        until("it is stopped", STEP, stopped)?;
+        // Attaching to it works, or is refused with a word about it; in both cases it is as stopped as before.
+        match hobble.attach(pid, volume.path(), &EIO) {
+            Ok(injection) => {
+                until("it is stopped again", Duration::from_secs(2), stopped)?;
+                injection.recover()?;
+            }
+            Err(error) => ensure!(format!("{error:#}").contains("stopped"), "{error:#}"),
+        }
+        until("it is still stopped", Duration::from_secs(2), stopped)?;
+        target.signal(Signal::SIGCONT)?;
+        ensure!(number(&target.expect("write 1 10 64")?, "ok")? == 10);
+        target.finish().map(drop)
+    })
+}
+
+#[test]
+fn a_32_bit_target() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        let target = Target::start(Program::Pause32, [""; 0])?;
+        let pid = target.pid().to_string();
+        case.refused(&case.with(&pid, &EIO), 1, &["32-bit"])?;
+        target.assert_running()?;
+        drop(target);
+        case.finish()
+    })
+}
+
+#[test]
+fn wrong_specifications() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        let pid = case.target.pid().to_string();
+        for (fault, words) in [
+            ("errno=EIOO op=write", &["EIOO", "EIO"][..]),
+            ("errno=EIO op=wirte", &["wirte", "write"]),
+            ("errno=EIO op=write percnt=5", &["percnt", "percent"]),
+            ("latncy=5ms", &["latncy", "latency"]),
+            ("errno=EIO op=write path=a[", &["a["]),
+            ("errno=EIO op=write percent=101", &["101"]),
+            ("errno=EIO op=write percent=-1", &["-1"]),
+            ("latency=-5ms op=read", &["-5ms"]),
+            ("latency=5parsecs op=read", &["5parsecs"]),
+            ("op=read", &[]),
+            ("", &[]),
+        ] {
+            case.refused(&case.with(&pid, &["--fault", fault]), 2, words)?;
+            let said = hobble.output(["check", "--fault", fault])?;
+            check_refusal(&format!("check --fault {fault:?}"), &said, 2, words)?;
+        }
+        case.refused(&case.with(&pid, &[]), 2, &["--no-rules"])?;
+        case.refused(&case.with(&pid, &[EIO[0], EIO[1], "--for", "-3s"]), 2, &[])?;
+        let spec = hobble.scratch().path().join("spec.yaml");
+        fs::write(
+            &spec,
+            "version: 1\nrules:\n  - op: [read]\n    fualt: { errno: EIO }\n",
+        )?;
+        case.refused(
+            &case.with(&pid, &["-f", text(&spec)?]),
+            2,
+            &["fualt", "fault", "4"],
+        )?;
+        case.finish()
+    })
+}
+
+#[test]
+fn ten_megabytes_of_nonsense() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        let pid = case.target.pid().to_string();
+        let spec = hobble.scratch().path().join("nonsense");
+        let mut state = 1_u64;
+        let mut random = || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as u8
+        };
+        let binary: Vec<u8> = (0..10 << 20).map(|_| random()).collect();
+        let nested = "[".repeat(10 << 20).into_bytes();
+        let repeated = "a: &a [*a, *a]\n".repeat(700_000).into_bytes();
+        for nonsense in [binary, nested, repeated] {
+            fs::write(&spec, nonsense)?;
+            let start = Instant::now();
+            let message = case.refused(&case.with(&pid, &["-f", text(&spec)?]), 2, &[])?;
+            ensure!(message.len() < 20_000, "{} bytes of error", message.len());
+            ensure!(
+                start.elapsed() < Duration::from_secs(20),
+                "it took {:?}",
+                start.elapsed()
+            );
+        }
+        case.finish()
+    })
+}
+
+#[test]
+fn a_pause_past_its_limit_is_rolled_back() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let mut target = Target::start(
+            Program::FilesC,
+            [text(volume.path())?, "2000", "1", "nap", "busy"],
+        )?;
+        let before = movable(&target)?;
+        let pid = target.pid().to_string();
+        for _ in 0..cycles(3) {
+            let mut inject = hobble.inject([
+                "--pid",
+                &pid,
+                "--path",
+                text(volume.path())?,
+                "--no-rules",
+                "--max-pause",
+                "1us",
+            ])?;
+            let failed = inject.wait_event("failed", STEP)?;
+            ensure!(failed.get("rolled_back") == Some(&true.into()), "{failed}");
+            let status = inject.status(STEP)?;
+            ensure!(status.code() == Some(4), "{status}: {failed}");
+            assert_hooked(&target, volume.path(), false)?;
+            assert_same_descriptors(&target, &before)?;
+            target.expect("check")?;
+            target.assert_running()?;
+        }
+        target.finish().map(drop)
+    })
+}
+
+#[test]
+fn no_room_for_the_journal() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        let pid = case.target.pid().to_string();
+        // A state directory of its own on a filesystem that is full.
+        let full = hobble.scratch().directory("full")?;
+        command::run(
+            Command::new("mount")
+                .args(["-t", "tmpfs", "-o", "size=64k", "none"])
+                .arg(&full),
+            STEP,
+        )?;
+        let state = full.join("state");
+        command::run(
+            Command::new("install")
+                .args(["-d", "-m", "700"])
+                .arg(&state),
+            STEP,
+        )?;
+        let filling = command::output(
+            Command::new("dd")
+                .args(["if=/dev/zero", "bs=4k"])
+                .arg(format!("of={}/zeros", full.display())),
+            STEP,
+        )?;
+        ensure!(!filling.status.success(), "it does not fill up");
+        let mut inject = hobble.command(["inject"]);
+        inject
+            .args(case.with(&pid, &EIO))
+            .env("HOBBLE_STATE_DIR", &state);
+        let refused = case.refused_command(inject, 1, &["no space left"]);
+        command::run(Command::new("umount").arg("-l").arg(&full), STEP)?;
+        refused?;
+        case.finish()
+    })
+}
+
+#[test]
+fn a_tampered_journal() -> Result<()> {
+    scene(Kind::Ext4, |outer, volume| {
+        let hobble = Hobble::with_state_dir(&outer.scratch().path().join("tampered"))?;
+        let mut target = Target::start(Program::Ops, [""; 0])?;
+        target.expect(&format!("open 1 +c {}/file", text(volume.path())?))?;
+        let pid = target.pid().to_string();
+        let bystander = Command::new("sleep").arg("600").spawn();
+        let mut bystander = bystander?;
+        hobble.run([
+            "inject",
+            "--detach",
+            "--json",
+            "--pid",
+            &pid,
+            "--path",
+            text(volume.path())?,
+            "--no-rules",
+        ])?;
+        let journal = fs::read_dir(hobble.state_dir())?
+            .flatten()
+            .map(|entry| entry.path().join("journal"))
+            .find(|path| path.is_file())
+            .context("no journal")?;
+        let original = fs::read(&journal)?;
+        let pids: Vec<u32> = [hobble.holders(), hobble.servers()].concat();
+        for pid in pids {
+            let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
+        }
+        let redirected = String::from_utf8_lossy(&original)
+            .replace(&pid, &bystander.id().to_string())
+            .into_bytes();
+        let mut truncated = original.clone();
+        truncated.truncate(original.len() * 2 / 3);
+        for damage in [
+            b"nonsense\n".to_vec(),
+            vec![0xff; 4096],
+            vec![b'{'; 1 << 20],
+            redirected,
+            truncated,
+        ] {
+            fs::write(&journal, &damage)?;
+            let said = command::output(&mut hobble.command(["recover", "--all"]), STEP)?;
+            let message = String::from_utf8_lossy(&said.stderr);
+            ensure!(!message.contains("panicked"), "{message}");
+            ensure!(
+                matches!(said.status.code(), Some(0 | 1 | 3 | 5)),
+                "{}: {message}",
+                said.status
+            );
+            ensure!(
+                bystander.try_wait()?.is_none(),
+                "a process that the attachment never knew was killed"
+            );
+            target.assert_running()?;
+            if !journal.exists() {
+                break;
+            }
+        }
+        if journal.parent().is_some_and(std::path::Path::is_dir) {
+            fs::write(&journal, &original)?;
+            hobble.output(["recover", "--all", "--force"])?;
+        }
+        bystander.kill()?;
+        bystander.wait()?;
+        let mounts = process::mounts(&pid)?;
+        ensure!(
+            !mounts.iter().any(|(_, _, kind)| kind.starts_with("fuse.")),
+            "the hook is still mounted"
+        );
+        target.assert_running()
+    })
+}
+
+#[test]
+fn the_control_socket_is_roots_alone() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let mut target = Target::start(Program::Ops, [""; 0])?;
+        target.expect(&format!("open 1 +c {}/file", text(volume.path())?))?;
+        let injection = hobble.attach(target.pid(), volume.path(), &EIO)?;
+        let binary = hobble.scratch().path().join("hobble");
+        fs::copy(hobble.binary(), &binary)?;
+        for command in [&["recover", "--all"][..], &["pause"], &["ps"]] {
+            let mut nobody = Command::new("setpriv");
+            nobody
+                .args(["--reuid=nobody", "--regid=nogroup", "--clear-groups", "--"])
+                .arg(&binary)
+                .args(command);
+            nobody.env("HOBBLE_STATE_DIR", hobble.state_dir());
+            let said = command::output(&mut nobody, STEP)?;
+            check_refusal(&format!("{command:?} as nobody"), &said, 1, &[])?;
+        }
+        // Past the directory's mode the socket itself still asks who is there: nobody, with the directory open to all.
+        let directory = fs::read_dir(hobble.state_dir())?
+            .flatten()
+            .next()
+            .context("no attachment")?
+            .path();
+        command::run(
+            Command::new("chmod")
+                .arg("711")
+                .arg(hobble.state_dir())
+                .arg(&directory),
+            STEP,
+        )?;
+        let connect = "import socket,sys\ns=socket.socket(socket.AF_UNIX)\ns.settimeout(5)\ntry:\n s.connect(sys.argv[1])\n s.sendall(b'{\"v\":1,\"request\":\"recover\"}\\n')\n d=s.recv(1000)\nexcept OSError as e:\n print('refused', e)\nelse:\n print('answer', d)";
+        let mut nobody = Command::new("setpriv");
+        nobody.args([
+            "--reuid=nobody",
+            "--regid=nogroup",
+            "--clear-groups",
+            "--",
+            "python3",
+            "-c",
+            connect,
+        ]);
+        nobody.arg(directory.join("control.sock"));
+        let said = command::run(&mut nobody, STEP);
+        command::run(
+            Command::new("chmod")
+                .arg("700")
+                .arg(hobble.state_dir())
+                .arg(&directory),
+            STEP,
+        )?;
+        let said = said?;
+        println!("nobody at the socket: {said}");
+        ensure!(
+            number(&target.expect("write 1 10 64")?, "failed")? == 10,
+            "somebody else switched the faults off: {said}"
+        );
+        injection.recover()?;
+        target.finish().map(drop)
+    })
+}
+
+#[test]
+fn a_target_that_dies_at_any_moment() -> Result<()> {
+    scene(Kind::Ext4, |outer, volume| {
+        let hobble = Hobble::with_state_dir(&outer.scratch().path().join("dying"))?;
+        for round in 0..cycles(8) {
+            let directory = volume.directory(&format!("round-{round}"))?;
+            let target = Target::start(
+                Program::FilesC,
+                [text(&directory)?, "200", "1", "none", "busy"],
+            )?;
+            let pid = target.pid().to_string();
+            let mut injection = hobble.inject([
+                "--pid",
+                &pid,
+                "--path",
+                text(volume.path())?,
+                EIO[0],
+                EIO[1],
+            ])?;
+            std::thread::sleep(Duration::from_millis(u64::from(round) * 41 % 250));
+            target.signal(Signal::SIGKILL)?;
+            let status = injection
+                .status(STEP)
+                .context("the command hangs after its target has died")?;
+            // Attached before: it recovers. Else: the target has vanished.
+            ensure!(
+                matches!(status.code(), Some(0 | 3)),
+                "round {round}: {status}: {}",
+                injection.said()
+            );
+            drop(target);
+            until(
+                "every process of Hobble has gone",
+                Duration::from_secs(10),
+                || hobble.processes().is_empty(),
+            )?;
+            ensure!(
+                fs::read_dir(hobble.state_dir())?.count() == 0,
+                "round {round}: something is left in the state directory"
+            );
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_fuse_backing_is_allowed_and_degraded() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        // A hook is a FUSE filesystem: the inner attachment has one for its backing.
+        let directory = volume.directory("sub")?;
+        let outer = Hobble::with_state_dir(&hobble.scratch().path().join("outer"))?;
+        let mut inside = outer.command(["exec", "--path", text(volume.path())?, "--"]);
+        inside.arg(Program::Ops.command()?.get_program());
+        let mut target = Target::start_command(inside)?;
+        target.expect(&format!("open 1 +c {}/file", text(&directory)?))?;
+        // The command is a descendant of `hobble exec`, in a namespace of its own.
+        let ours = fs::read_link(format!("/proc/{}/exe", target.pid()))?;
+        let pid = process::tree(target.pid())
+            .into_iter()
+            .find(|pid| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe != ours))
+            .context("the command is not there")?;
+        let plan = hobble.run([
+            "inject",
+            "--dry-run",
+            "--json",
+            "--pid",
+            &pid.to_string(),
+            "--path",
+            text(&directory)?,
+            EIO[0],
+            EIO[1],
+        ])?;
+        let plan: serde_json::Value = serde_json::from_str(plan.trim())?;
+        ensure!(plan.get("verdict") == Some(&"degraded".into()), "{plan}");
+        ensure!(plan.to_string().to_lowercase().contains("fuse"), "{plan}");
+        let injection = hobble.attach(pid, &directory, &EIO)?;
+        ensure!(number(&target.expect("write 1 10 64")?, "failed")? == 10);
+        injection.recover()?;
+        ensure!(number(&target.expect("write 1 10 64")?, "failed")? == 0);
+        target.finish().map(drop)
+    })
+}

@@ -1,0 +1,357 @@
+//! Living with an attachment: list, show, update, pause, resume, events, deadline, detaching, the target's end.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use hobble_e2e::{assert_hooked, scene, until};
+use hobble_testkit::hobble::{Hobble, STEP};
+use hobble_testkit::program::Program;
+use hobble_testkit::target::{Target, number, text};
+use hobble_testkit::volume::{Kind, Volume};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+fn open_target(volume: &Volume<'_>) -> Result<Target> {
+    let mut target = Target::start(Program::Ops, [""; 0])?;
+    target.expect(&format!("open 1 +c {}/file", text(volume.path())?))?;
+    target.expect("write 1 16 4096")?;
+    Ok(target)
+}
+
+fn failed(target: &mut Target, command: &str) -> Result<u64> {
+    number(&target.expect(command)?, "failed")
+}
+
+fn lines(text: &str) -> Result<Vec<Value>> {
+    text.lines()
+        .map(|line| serde_json::from_str(line).with_context(|| format!("no JSON: {line}")))
+        .collect()
+}
+
+#[test]
+fn rules_are_updated_paused_and_resumed_live() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let mut target = open_target(volume)?;
+        let injection = hobble.attach(
+            target.pid(),
+            volume.path(),
+            &["--fault", "errno=EIO op=write"],
+        )?;
+        ensure!(failed(&mut target, "write 1 10 64")? == 10);
+        hobble.run(["pause"])?;
+        ensure!(failed(&mut target, "write 1 10 64")? == 0);
+        hobble.run(["resume"])?;
+        ensure!(failed(&mut target, "write 1 10 64")? == 10);
+        // Another operation, which decides about the mode of files that are open already.
+        hobble.run(["update", "--fault", "errno=ENOSPC op=read"])?;
+        ensure!(failed(&mut target, "write 1 10 64")? == 0);
+        let reads = target.expect("read 1 10 64")?;
+        ensure!(hobble_e2e::errno(&reads, "ENOSPC") == 10, "{reads}");
+        hobble.run(["update", "--fault", "latency=30ms op=fsync"])?;
+        ensure!(failed(&mut target, "read 1 10 64")? == 0);
+        ensure!(number(&target.expect("fsync 1 3")?, "median_us")? >= 30_000);
+        injection.recover()?;
+        target.finish().map(drop)
+    })
+}
+
+#[test]
+fn a_wrong_update_changes_nothing() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let mut target = open_target(volume)?;
+        let injection = hobble.attach(
+            target.pid(),
+            volume.path(),
+            &["--fault", "errno=EIO op=write"],
+        )?;
+        let said = hobble.output(["update", "--fault", "errno=EIOU op=write"])?;
+        ensure!(said.status.code() == Some(2), "{said:?}");
+        ensure!(failed(&mut target, "write 1 10 64")? == 10);
+        injection.recover()?;
+        target.finish().map(drop)
+    })
+}
+
+#[test]
+fn a_parked_operation_does_not_hold_up_an_update() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let mut target = open_target(volume)?;
+        let injection = hobble.attach(
+            target.pid(),
+            volume.path(),
+            &["--fault", "latency=30s op=write"],
+        )?;
+        target.tell("write 1 1 64")?;
+        std::thread::sleep(Duration::from_millis(200));
+        let start = Instant::now();
+        hobble.run(["update", "--fault", "latency=1ms op=read"])?;
+        ensure!(
+            start.elapsed() < Duration::from_secs(5),
+            "the update took {:?}",
+            start.elapsed()
+        );
+        // Removing a fault releases what waits for it.
+        let write = target.answer(Duration::from_secs(5))?;
+        ensure!(number(&write, "ok")? == 1, "{write}");
+        injection.recover()?;
+        target.finish().map(drop)
+    })
+}
+
+#[test]
+fn a_detached_attachment_is_listed_shown_and_recovered() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let mut target = open_target(volume)?;
+        let pid = target.pid().to_string();
+        let at = text(volume.path())?;
+        hobble.run([
+            "inject",
+            "--json",
+            "--detach",
+            "--pid",
+            &pid,
+            "--path",
+            at,
+            "--fault",
+            "errno=EIO op=write",
+        ])?;
+        ensure!(failed(&mut target, "write 1 10 64")? == 10);
+        let list = hobble.run(["ps", "--json"])?;
+        ensure!(list.contains(at), "{list}");
+        let shown = hobble.json(&["show"])?;
+        ensure!(shown.get("phase") == Some(&"attached".into()), "{shown}");
+        ensure!(
+            shown.pointer("/targets/0/pid") == Some(&target.pid().into()),
+            "{shown}"
+        );
+        ensure!(
+            shown.pointer("/rules/0/injected") == Some(&10.into()),
+            "{shown}"
+        );
+        let id = shown
+            .get("id")
+            .and_then(Value::as_str)
+            .context("no id")?
+            .to_owned();
+        let human = hobble.run(["show", &id])?;
+        ensure!(human.contains("errno-1"), "{human}");
+        let events = lines(&hobble.run(["events", &id, "--json"])?)?;
+        for name in ["attached", "injecting"] {
+            ensure!(
+                events
+                    .iter()
+                    .any(|event| event.get("event") == Some(&name.into())),
+                "no {name} in {events:?}"
+            );
+        }
+        hobble.run(["recover", &id])?;
+        assert_hooked(&target, volume.path(), false)?;
+        ensure!(failed(&mut target, "write 1 10 64")? == 0);
+        ensure!(
+            lines(&hobble.run(["ps", "--json"])?)?
+                .iter()
+                .all(|row| row.get("id") != Some(&id.as_str().into()))
+        );
+        until("the server has gone", Duration::from_secs(5), || {
+            hobble.processes().is_empty()
+        })?;
+        target.finish().map(drop)
+    })
+}
+
+#[test]
+fn the_deadline_recovers() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let mut target = open_target(volume)?;
+        let mut injection = hobble.attach(
+            target.pid(),
+            volume.path(),
+            &["--fault", "errno=EIO op=write", "--for", "1s"],
+        )?;
+        let start = Instant::now();
+        ensure!(failed(&mut target, "write 1 10 64")? == 10);
+        injection.wait_event("recovered", STEP)?;
+        ensure!(injection.status(STEP)?.success(), "{}", injection.said());
+        let took = start.elapsed();
+        ensure!(
+            (Duration::from_millis(600)..Duration::from_secs(5)).contains(&took),
+            "recovered after {took:?}"
+        );
+        let why = injection
+            .event("recovering")
+            .and_then(|event| event.get("why"))
+            .cloned();
+        ensure!(why == Some("deadline".into()), "{why:?}");
+        ensure!(failed(&mut target, "write 1 10 64")? == 0);
+        target.finish().map(drop)
+    })
+}
+
+#[test]
+fn a_terminated_command_recovers() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let mut target = open_target(volume)?;
+        let mut injection = hobble.attach(
+            target.pid(),
+            volume.path(),
+            &["--fault", "errno=EIO op=write"],
+        )?;
+        injection.signal(Signal::SIGTERM)?;
+        injection.wait_event("recovered", STEP)?;
+        injection.status(STEP)?;
+        assert_hooked(&target, volume.path(), false)?;
+        ensure!(failed(&mut target, "write 1 10 64")? == 0);
+        target.finish().map(drop)
+    })
+}
+
+#[test]
+fn the_end_of_the_target_ends_the_attachment() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let target = open_target(volume)?;
+        let mut injection = hobble.attach(target.pid(), volume.path(), &["--no-rules"])?;
+        target.finish()?;
+        injection.wait_event("recovered", STEP)?;
+        injection.status(STEP)?;
+        Ok(())
+    })
+}
+
+#[test]
+fn children_are_faulted_too_and_strangers_are_not() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let at = text(volume.path())?;
+        std::fs::write(volume.path().join("file"), "true")?;
+        let script = "echo '{\"ready\":true,\"pids\":[]}'; while read -r line; do [ \"$line\" = quit ] && { echo '{\"errors\":[]}'; exit 0; }; \
+                      if (eval \"$line\") >/dev/null 2>&1; then echo '{\"errors\":[],\"ok\":1}'; else echo '{\"errors\":[],\"ok\":0}'; fi; done";
+        let mut command = std::process::Command::new("bash");
+        command.args(["-c", script]).current_dir(volume.path());
+        let mut shell = Target::start_command(command)?;
+        let injection = hobble.attach(
+            shell.pid(),
+            volume.path(),
+            &["--fault", "errno=EACCES op=open path=file"],
+        )?;
+        for child in [
+            "cat file",
+            "setsid cat file",
+            "(cat file; exit $?) & wait $!",
+        ] {
+            ensure!(
+                number(&shell.expect(child)?, "ok")? == 0,
+                "`{child}` was not faulted"
+            );
+        }
+        let mut stranger = Target::start(Program::Ops, [""; 0])?;
+        ensure!(
+            number(
+                &stranger.expect(&format!("openclose 100 {at}/file"))?,
+                "failed"
+            )? == 0
+        );
+        stranger.finish()?;
+        injection.recover()?;
+        ensure!(number(&shell.expect("cat file")?, "ok")? == 1);
+        shell.finish().map(drop)
+    })
+}
+
+#[test]
+fn scope_namespace_hits_everybody_in_it() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let at = text(volume.path())?;
+        // A namespace of its own, so that nobody else is in it: the test itself stays outside.
+        let inside = |command: &mut std::process::Command| -> Result<std::process::Command> {
+            let mut wrapped = std::process::Command::new("unshare");
+            wrapped
+                .args(["--mount", "--propagation", "private", "--"])
+                .arg(command.get_program())
+                .args(command.get_args());
+            Ok(wrapped)
+        };
+        let first = Target::start_command(inside(&mut Program::Ops.command()?)?)?;
+        let mut join = std::process::Command::new("nsenter");
+        join.args(["--mount", "--target", &first.pid().to_string(), "--"])
+            .arg(Program::Ops.command()?.get_program());
+        let mut second = Target::start_command(join)?;
+        second.expect(&format!("open 1 +c {at}/file"))?;
+        let injection = hobble.attach(
+            first.pid(),
+            volume.path(),
+            &["--scope", "namespace", "--fault", "errno=EIO op=write"],
+        )?;
+        ensure!(failed(&mut second, "write 1 10 64")? == 10);
+        injection.recover()?;
+        ensure!(failed(&mut second, "write 1 10 64")? == 0);
+        second.finish()?;
+        first.finish().map(drop)
+    })
+}
+
+#[test]
+fn a_dry_run_touches_nothing() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let target = open_target(volume)?;
+        let mounts = hobble_testkit::process::mounts(&target.pid().to_string())?;
+        let before = hobble_e2e::movable(&target)?;
+        let plan = hobble.run([
+            "inject",
+            "--dry-run",
+            "--json",
+            "--pid",
+            &target.pid().to_string(),
+            "--path",
+            text(volume.path())?,
+            "--fault",
+            "errno=EIO op=write",
+        ])?;
+        let plan: Value = serde_json::from_str(plan.trim()).context(plan)?;
+        ensure!(
+            matches!(
+                plan.get("verdict").and_then(Value::as_str),
+                Some("ok" | "degraded")
+            ),
+            "{plan}"
+        );
+        ensure!(
+            plan.pointer("/processes/0/pid") == Some(&target.pid().into()),
+            "{plan}"
+        );
+        ensure!(hobble_testkit::process::mounts(&target.pid().to_string())? == mounts);
+        ensure!(hobble_e2e::movable(&target)? == before);
+        target.finish().map(drop)
+    })
+}
+
+#[test]
+fn two_attachments_side_by_side() -> Result<()> {
+    scene(Kind::Ext4, |hobble: &Hobble, volume| {
+        let mut targets = [open_target(volume)?, open_target(volume)?];
+        let directories = [volume.directory("a")?, volume.directory("b")?];
+        let mut injections = Vec::new();
+        for (target, directory) in targets.iter_mut().zip(&directories) {
+            target.expect(&format!("open 2 +c {}/own", text(directory)?))?;
+            injections.push(hobble.attach(
+                target.pid(),
+                directory,
+                &["--fault", "errno=EIO op=write"],
+            )?);
+        }
+        // With two of them a command has to say which.
+        ensure!(
+            hobble.output(["pause"])?.status.code() == Some(2),
+            "an ambiguous command was carried out"
+        );
+        let first = injections[0].id()?.to_owned();
+        hobble.run(["pause", &first])?;
+        ensure!(failed(&mut targets[0], "write 2 5 64")? == 0);
+        ensure!(failed(&mut targets[1], "write 2 5 64")? == 5);
+        for injection in injections {
+            injection.recover()?;
+        }
+        for target in targets {
+            target.finish()?;
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,203 @@
+//! `kill -9` of the server, of the command, of both, of all: at every step of an attachment and at random moments. The target runs on, is native again
+//! after `hobble recover --all` (or earlier, where the holder does it), and has its unlinked files and its locks. What it may see
+//! in between are errors, never wrong data.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use hobble_e2e::{assert_hooked, assert_same_descriptors, cycles, movable, scene};
+use hobble_testkit::hobble::{Hobble, STEP};
+use hobble_testkit::process;
+use hobble_testkit::program::Program;
+use hobble_testkit::target::{Target, text};
+use hobble_testkit::volume::{Kind, Volume};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const RULES: [&str; 4] = [
+    "--fault",
+    "latency=1ms op=read percent=10",
+    "--fault",
+    "errno=EIO op=write percent=5",
+];
+
+fn kill_all(pids: &[u32]) {
+    for pid in pids {
+        // One that has ended meanwhile needs no killing.
+        let _ = kill(Pid::from_raw(*pid as i32), Signal::SIGKILL);
+    }
+}
+
+/// Waits until nothing of Hobble acts on the state directory any more, then recovers what is left.
+fn clean_up(hobble: &Hobble) -> Result<()> {
+    let said = hobble.output(["recover", "--all"])?;
+    ensure!(
+        said.status.success(),
+        "`recover --all` ended with {}: {}{}",
+        said.status,
+        String::from_utf8_lossy(&said.stdout),
+        String::from_utf8_lossy(&said.stderr)
+    );
+    hobble_e2e::until(
+        "every process of Hobble has gone",
+        Duration::from_secs(15),
+        || hobble.processes().is_empty(),
+    )?;
+    Ok(())
+}
+
+/// One target, crashed upon again and again by `crash`, each time put back and looked at.
+fn survives(
+    crashes: &[&str],
+    mut crash: impl FnMut(&str, &mut Hobble, &Volume<'_>, u32) -> Result<()>,
+) -> Result<()> {
+    scene(Kind::Ext4, |outer, volume| {
+        let mut hobble = Hobble::with_state_dir(&outer.scratch().path().join("crashing"))?;
+        let mut target = Target::start(
+            Program::FilesC,
+            [text(volume.path())?, "27", "2", "nap", "busy"],
+        )?;
+        let before = movable(&target)?;
+        for name in crashes {
+            let mut step = || -> Result<()> {
+                target.expect("tolerate 1")?;
+                crash(name, &mut hobble, volume, target.pid())?;
+                clean_up(&hobble)?;
+                target.expect("tolerate 0")?;
+                assert_hooked(&target, volume.path(), false)?;
+                assert_same_descriptors(&target, &before)?;
+                target.expect("check")?;
+                target.assert_running()
+            };
+            step().with_context(|| format!("killed at {name}"))?;
+        }
+        target.finish().map(drop)
+    })
+}
+
+#[test]
+fn the_server_dies_at_every_step() -> Result<()> {
+    let hobble = Hobble::new()?;
+    let listed = hobble.run(["__fault-points"])?;
+    let points: Vec<&str> = listed.split_ascii_whitespace().collect();
+    ensure!(
+        points.len() > 10,
+        "`hobble __fault-points` lists {points:?}"
+    );
+    survives(&points, |point, hobble, volume, pid| {
+        hobble.env("HOBBLE_FAULT_POINT", point);
+        let injecting = hobble.attach(pid, volume.path(), &RULES);
+        hobble.unset("HOBBLE_FAULT_POINT");
+        // Points after `injecting` need something to happen; every command may fail here.
+        if let Ok(mut injection) = injecting {
+            hobble.output(["update", "--fault", "latency=2ms op=read"])?;
+            injection.signal(Signal::SIGINT)?;
+            injection
+                .status(STEP)
+                .context("the command hangs after its server has died")?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn the_server_dies_at_a_random_moment() -> Result<()> {
+    at_random_moments("server", |hobble, _| kill_all(&hobble.servers()))
+}
+
+#[test]
+fn the_command_dies_at_a_random_moment() -> Result<()> {
+    at_random_moments("command", |_, command| kill_all(&[command]))
+}
+
+#[test]
+fn server_and_command_die_at_a_random_moment() -> Result<()> {
+    at_random_moments("server and command", |hobble, command| {
+        let mut pids = hobble.servers();
+        pids.push(command);
+        kill_all(&pids);
+    })
+}
+
+#[test]
+fn everything_dies_but_the_target() -> Result<()> {
+    // Without its holder the descriptors of unlinked files cannot survive while the target is hooked; before the switch
+    // and after recovery nothing may be lost. What is promised after `attached` is that the mount goes and the target runs.
+    scene(Kind::Ext4, |outer, volume| {
+        let mut target = Target::start(
+            Program::FilesC,
+            [text(volume.path())?, "9", "1", "nap", "busy"],
+        )?;
+        target.expect("tolerate 1")?;
+        let hobble = Hobble::with_state_dir(&outer.scratch().path().join("crashing"))?;
+        let injection = hobble.attach(target.pid(), volume.path(), &RULES)?;
+        kill_all(&hobble.holders());
+        kill_all(&hobble.servers());
+        drop(injection);
+        let said = hobble.output(["recover", "--all", "--force"])?;
+        println!(
+            "recover said {}: {}",
+            said.status,
+            String::from_utf8_lossy(&said.stdout)
+        );
+        let mounts = process::mounts(&target.pid().to_string())?;
+        ensure!(
+            !mounts.iter().any(|(_, _, kind)| kind.starts_with("fuse.")),
+            "the hook is still mounted: {mounts:?}"
+        );
+        target.assert_running()
+    })
+}
+
+fn at_random_moments(who: &str, mut strike: impl FnMut(&Hobble, u32)) -> Result<()> {
+    let rounds = cycles(7);
+    let names: Vec<String> = (0..rounds)
+        .map(|round| format!("{who}, round {round}"))
+        .collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    // Spread evenly over what an attachment takes, which every run lengthens or shortens a little.
+    let mut moment = 0_u32;
+    survives(&names, |_, hobble, volume, pid| {
+        moment += 1;
+        let mut injection = hobble.inject(
+            ["--pid", &pid.to_string(), "--path", text(volume.path())?]
+                .into_iter()
+                .chain(RULES),
+        )?;
+        let late = moment.is_multiple_of(3);
+        if late {
+            injection.wait_event("injecting", STEP)?;
+        }
+        std::thread::sleep(Duration::from_millis(u64::from(moment) * 37 % 200));
+        strike(hobble, injection.pid());
+        std::thread::sleep(Duration::from_millis(u64::from(moment) * 53 % 150));
+        Ok(())
+    })
+}
+
+#[test]
+fn locks_outlive_the_server() -> Result<()> {
+    scene(Kind::Ext4, |outer, volume| {
+        let hobble = Hobble::with_state_dir(&outer.scratch().path().join("crashing"))?;
+        let mut target = Target::start(Program::Locks, [text(volume.path())?, "5"])?;
+        let mut outsider = Target::start(Program::Outsider, [text(volume.path())?])?;
+        for _ in 0..cycles(3) {
+            let injection = hobble.attach(target.pid(), volume.path(), &["--no-rules"])?;
+            outsider.expect("reset")?;
+            kill_all(&hobble.servers());
+            std::thread::sleep(Duration::from_millis(300));
+            let seen = outsider.expect("report")?;
+            for kind in ["flock", "ofd"] {
+                ensure!(
+                    seen.pointer(&format!("/{kind}/taken")) == Some(&0.into()),
+                    "{kind} was lost with the server: {seen}"
+                );
+            }
+            drop(injection);
+            clean_up(&hobble)?;
+            target.expect("check").context("after recovery")?;
+        }
+        outsider.finish()?;
+        target.finish().map(drop)
+    })
+}
