@@ -42,7 +42,7 @@ impl Request {
     /// # Errors
     /// When `bytes` has no valid header.
     pub fn from_bytes(bytes: &[u8], protocol: Protocol) -> Result<Self, DecodeError> {
-        let pool = Pool::new(bytes.len(), 1);
+        let pool = Pool::new(bytes.len(), 0);
         let mut buffer = pool.take();
         if let Some(target) = buffer.request_mut().get_mut(..bytes.len()) {
             target.copy_from_slice(bytes);

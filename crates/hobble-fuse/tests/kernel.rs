@@ -1,4 +1,11 @@
 //! The protocol layer against the running kernel, with a filesystem in memory behind it.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "helpers of tests fail by panicking, as tests do"
+)]
 
 mod support;
 

@@ -1,5 +1,12 @@
 //! Deadline, INTERRUPT, release, kill and bypass race for parked requests: `src/park/table.rs` itself, with the locks of a
 //! scheduler that tries thousands of interleavings.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "helpers of tests fail by panicking, as tests do"
+)]
 
 use std::time::{Duration, Instant};
 

@@ -1,5 +1,12 @@
 //! The server against a kernel played by the test: a packet socket stands in for `/dev/fuse`, so that things can be sent which
 //! the running kernel never sends.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "helpers of tests fail by panicking, as tests do"
+)]
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
