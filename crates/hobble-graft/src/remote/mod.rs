@@ -558,6 +558,17 @@ impl<'s> Borrowed<'s> {
     ///
     /// What remains if we die in here: the calls of the batch that runs are still made, up to the first that fails and stops.
     pub(crate) fn run(&mut self, calls: &mut [Call], deadline: Deadline) -> Result<(), RemoteError> {
+        self.run_sending(&[], calls, deadline)
+    }
+
+    /// As [`Self::run`]; the first call is [`Self::receive_call`] and receives these descriptors of ours.
+    pub(crate) fn run_sending(
+        &mut self,
+        descriptors: &[BorrowedFd<'_>],
+        calls: &mut [Call],
+        deadline: Deadline,
+    ) -> Result<(), RemoteError> {
+        let mut descriptors = Some(descriptors).filter(|list| !list.is_empty());
         for batch in calls.chunks_mut(TABLE_ENTRIES) {
             let bytes: Vec<u8> = batch.iter().flat_map(|call| call.0.to_bytes()).collect();
             let first = self.scratch + TABLE;
@@ -568,7 +579,10 @@ impl<'s> Borrowed<'s> {
             header[8..].copy_from_slice(&end.to_le_bytes());
             self.memory.write(self.scratch + TABLE_FIRST, &header)?;
             self.start_batch()?;
+            // After the word to start, which would otherwise be found in the descriptors' message.
+            let sent = descriptors.take().map_or(Ok(()), |list| self.send(list));
             self.await_byte(deadline)?;
+            sent?;
             let reached = self.memory.read_u64(self.scratch + PROGRESS)?;
             let made = usize::try_from(reached.saturating_sub(first) / ENTRY_SIZE as u64).unwrap_or(0).min(batch.len());
             let mut results = vec![0; made * ENTRY_SIZE];
@@ -650,18 +664,24 @@ impl<'s> Borrowed<'s> {
         }
     }
 
-    /// Sends descriptors of ours into the socket, to be received by [`Self::receive_call`].
-    pub(crate) fn send(&self, descriptors: &[BorrowedFd<'_>]) -> Result<(), RemoteError> {
+    /// Sends descriptors of ours to a batch that waits for them. When that is impossible, sends none, so that the batch ends.
+    fn send(&self, descriptors: &[BorrowedFd<'_>]) -> Result<(), RemoteError> {
         use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage};
         let socket = self.socket.as_ref().ok_or(RemoteError::Lost { tid: self.tid })?;
         let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MESSAGE_DESCRIPTORS))];
         let mut control = SendAncillaryBuffer::new(&mut space);
-        let fits = control.push(SendAncillaryMessage::ScmRights(descriptors));
-        debug_assert!(fits);
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         let byte = [std::io::IoSlice::new(&[2])];
-        rustix::net::sendmsg(socket, &byte, &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
-            .map(drop)
-            .map_err(|errno| refused(self.pid, "send descriptors", errno))
+        let sent = if control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+            rustix::net::sendmsg(socket, &byte, &mut control, flags)
+        } else {
+            Err(Errno::TOOMANYREFS)
+        };
+        sent.map(drop).map_err(|errno| {
+            // The batch waits: let it find a message without descriptors.
+            let _ = rustix::net::send(socket, &[2], flags);
+            refused(self.pid, "send descriptors", errno)
+        })
     }
 
     /// Prepares the buffers for one message and gives the call that receives it. Descriptors of earlier messages must be closed.
@@ -676,7 +696,7 @@ impl<'s> Borrowed<'s> {
         bytes.resize((CONTROL - MESSAGE) as usize, 0);
         bytes.resize((CELLS - MESSAGE) as usize + 4 * MESSAGE_DESCRIPTORS, 0xff);
         self.memory.write(base + MESSAGE, &bytes)?;
-        let flags = (libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT) as u64;
+        let flags = libc::MSG_CMSG_CLOEXEC as u64;
         Ok(Call::new(libc::SYS_recvmsg, &[0, base + MESSAGE, flags]).first_is(Cell(base + SOCKET)).or_stop())
     }
 

@@ -59,7 +59,6 @@ pub(super) fn place(
             return Err(SwitchError::Late { step: "exchange descriptors" });
         }
         let sources: Vec<BorrowedFd<'_>> = group.iter().map(|item| item.source(way)).collect();
-        borrowed.send(&sources)?;
         let mut calls = vec![borrowed.receive_call(group.len())?];
         for (index, item) in group.iter_mut().enumerate() {
             item.is_touched = true;
@@ -72,7 +71,7 @@ pub(super) fn place(
             }));
         }
         calls.extend(borrowed.close_calls(group.len()));
-        borrowed.run(&mut calls, deadline)?;
+        borrowed.run_sending(&sources, &mut calls, deadline)?;
         let mut results = calls.iter();
         match results.next().and_then(Call::result) {
             Some(Ok(_)) => {}

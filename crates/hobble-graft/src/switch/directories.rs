@@ -57,10 +57,9 @@ fn enter(
     then: &[Call],
     deadline: Deadline,
 ) -> Result<Result<(), Errno>, SwitchError> {
-    borrowed.send(&[directory])?;
     let mut calls = vec![borrowed.receive_call(1)?, Call::new(libc::SYS_fchdir, &[]).first_is(borrowed.cell(0)).or_stop()];
     calls.extend_from_slice(then);
-    borrowed.run(&mut calls, deadline)?;
+    borrowed.run_sending(&[directory], &mut calls, deadline)?;
     let mut close: Vec<Call> = borrowed.close_calls(1).collect();
     borrowed.run(&mut close, deadline.or_at_least(super::UNDO_STEP))?;
     let mut results = calls.iter().map(Call::result);

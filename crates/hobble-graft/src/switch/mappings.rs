@@ -93,7 +93,6 @@ fn make(borrowed: &mut Borrowed<'_>, group: &[&mut Item<'_>], way: Way, deadline
         }
     }
     let sources: Vec<BorrowedFd<'_>> = files.iter().map(|(_, fd)| *fd).collect();
-    borrowed.send(&sources)?;
     let mut calls = vec![borrowed.receive_call(files.len())?];
     for item in group {
         let mapping = item.mapping;
@@ -105,7 +104,7 @@ fn make(borrowed: &mut Borrowed<'_>, group: &[&mut Item<'_>], way: Way, deadline
         let call = Call::new(libc::SYS_mmap, &[0, length(mapping), protection, flags, 0, mapping.offset]);
         calls.push(call.fifth_is(borrowed.cell(index)).or_stop());
     }
-    borrowed.run(&mut calls, deadline)?;
+    borrowed.run_sending(&sources, &mut calls, deadline)?;
     let mut close: Vec<Call> = borrowed.close_calls(files.len()).collect();
     borrowed.run(&mut close, deadline.or_at_least(super::UNDO_STEP))?;
     let mut results = calls.iter().map(Call::result);

@@ -100,7 +100,11 @@ hobble_blob_start:
     cmp rax, -4
     je .Lwait
     cmp rax, 1
-    je .Lnew_table
+    jne .Lrestore
+    # A byte that came with descriptors which no call received is no order.
+    cmp byte ptr [rbx + 40], 1
+    jne .Lwait
+    jmp .Lnew_table
 
 .Lrestore:
     mov r15d, 1
