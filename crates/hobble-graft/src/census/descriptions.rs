@@ -15,6 +15,7 @@ use super::facts::Identity;
 use super::slots::State;
 use super::{
     Access, Description, DescriptionId, DescriptionLock, FileFacts, OpenFlags, Owner, Place,
+    TableId,
 };
 use crate::ids::Pid;
 use crate::proc::locks::LockClass;
@@ -191,6 +192,16 @@ impl Descriptions {
         description.places.push(place);
         if let Some(before) = &mut entry.before {
             before.is_changed |= is_changed;
+        }
+    }
+
+    /// Takes back what was seen in `table` during this scan.
+    pub(super) fn forget(&mut self, table: TableId) {
+        for entry in self.entries.values_mut() {
+            entry
+                .description
+                .places
+                .retain(|place| place.table != table);
         }
     }
 

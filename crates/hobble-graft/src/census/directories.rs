@@ -11,6 +11,9 @@ use super::facts;
 use super::{CensusError, Directory, Member, Volume};
 use crate::proc::ProcError;
 
+/// Looks at a directory that its program changes as fast as we look, before the name it has at the moment is taken.
+const LOOKS: usize = 16;
+
 /// Looks at `name` (`cwd` or `root`) of a thread. Says whether it is another than `before`, which is used again if it is not.
 pub(super) fn look(
     member: Member,
@@ -28,12 +31,12 @@ pub(super) fn look(
     let cwd = CWD.as_fd();
     // What is opened cannot change any more, so it is described from the descriptor and not from the link; the link only gives
     // it a name, and is read again when the directory is renamed or exchanged in between.
-    loop {
+    for look in 0.. {
         let link = facts::link(cwd, &c_path, Vec::new()).map_err(error)?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let kept = rustix::fs::open(&path, flags, Mode::empty()).map_err(error)?;
         let attributes = facts::of_descriptor(&kept).map_err(error)?;
-        if facts::link(cwd, &c_path, Vec::new()).map_err(error)? != link {
+        if look < LOOKS && facts::link(cwd, &c_path, Vec::new()).map_err(error)? != link {
             continue;
         }
         let facts = facts::assemble(pid, &link, attributes, true);
@@ -45,4 +48,5 @@ pub(super) fn look(
             _ => (Some(Directory { facts, kept }), true),
         });
     }
+    Ok((before, false))
 }

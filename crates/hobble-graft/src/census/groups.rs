@@ -74,7 +74,8 @@ pub(super) fn partition(
     }
 }
 
-fn is_exiting(member: Member) -> Result<bool, ProcError> {
+/// Whether a thread has lost, or is about to lose, what it shares.
+pub(super) fn is_exiting(member: Member) -> Result<bool, ProcError> {
     match stat::of_thread(member.pid, member.tid) {
         Ok(stat) => Ok(stat.is_exiting() || stat.state.is_dead()),
         Err(error) if error.is_gone() => Ok(true),
@@ -142,10 +143,7 @@ fn against(
                 group.remove(0);
             }
             Err(errno) => {
-                return Err(CensusError::Compare {
-                    pid: member.pid,
-                    errno,
-                });
+                return Err(CensusError::compare(member.pid, errno));
             }
         }
     }

@@ -13,8 +13,8 @@ use rustix::io::Errno;
 
 use super::facts::{self, Identity};
 use super::{
-    AddressSpace, CensusError, FileFacts, MappedFile, MappedFileId, Mapping, NotCovered, SpaceId,
-    Volume,
+    AddressSpace, CensusError, FileFacts, MappedFile, MappedFileId, Mapping, Member, NotCovered,
+    SpaceId, Volume,
 };
 use crate::ids::{Device, Pid};
 use crate::proc::maps::{self, MapEntry, SmapsEntry};
@@ -54,11 +54,10 @@ impl MappedFiles {
     }
 }
 
-/// Looks at the memory of `pid`. `before` is what an earlier look at the same space found.
+/// Looks at the memory of a thread. `before` is what an earlier look at the same space found.
 pub(super) fn look(
     id: SpaceId,
-    processes: Vec<Pid>,
-    pid: Pid,
+    member: Member,
     before: Option<&AddressSpace>,
     volume: Volume<'_>,
     files: &mut MappedFiles,
@@ -66,9 +65,10 @@ pub(super) fn look(
 ) -> Result<AddressSpace, CensusError> {
     let mut space = AddressSpace {
         id,
-        processes,
+        processes: Vec::new(),
         mappings: Vec::new(),
     };
+    let pid = through(member);
     let entries = maps::of_process(pid)?;
     let mut seen: HashMap<(Device, u64, &[u8]), Option<FileFacts>> = HashMap::new();
     let mut wanted: Vec<(&MapEntry, FileFacts)> = Vec::new();
@@ -140,6 +140,12 @@ pub(super) fn look(
         });
     }
     Ok(space)
+}
+
+/// The directory of /proc in which the memory of a thread is seen: its own, which exists though it is not listed
+/// (fs/proc/base.c, `proc_pid_lookup`). That of the process is empty once its first thread has ended.
+fn through(member: Member) -> Pid {
+    Pid::new(member.tid.as_raw()).unwrap_or(member.pid)
 }
 
 /// What `smaps` says, by range. A process with much memory is asked once only: the mappings that it had then are taken to have the
@@ -223,8 +229,12 @@ fn open(
     }
 }
 
-/// The program file of `pid`, when it belongs to the volume.
-pub(super) fn executable(pid: Pid, volume: Volume<'_>) -> Result<Option<FileFacts>, CensusError> {
+/// The program file of a thread, when it belongs to the volume.
+pub(super) fn executable(
+    member: Member,
+    volume: Volume<'_>,
+) -> Result<Option<FileFacts>, CensusError> {
+    let pid = through(member);
     let path = PathBuf::from(format!("/proc/{pid}/exe"));
     let name = CString::new(path.as_os_str().as_encoded_bytes()).unwrap_or_default();
     let read = facts::link(rustix::fs::CWD.as_fd(), &name, Vec::new())

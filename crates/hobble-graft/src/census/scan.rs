@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd as _;
+use std::path::PathBuf;
 
 use super::FileFacts;
 use super::descriptions::Changes;
@@ -15,6 +16,7 @@ use super::{
     Process, SpaceId, Special, Table, TableId, Thread, Volume, directories, groups, memory,
 };
 use crate::ids::{Fd, Pid, ProcessId};
+use crate::proc::ProcError;
 use crate::proc::locks::LockClass;
 
 /// What the slots of one table referred to when they were last looked at.
@@ -90,10 +92,7 @@ pub(super) fn rescan(
     let members: Vec<Member> = sorted(&by_table);
     let by_fs = groups::partition(&members, groups::DIRECTORIES)?;
     let members: Vec<Member> = sorted(&by_fs);
-    // Threads of one process share its memory, so one of each is enough.
-    let mut firsts: Vec<Member> = members.clone();
-    firsts.dedup_by_key(|m| m.pid);
-    let by_space = groups::partition(&firsts, groups::SPACES)?;
+    let by_space = groups::partition(&members, groups::SPACES)?;
 
     let tables_before = owners(census.tables.iter().map(|t| (t.id, t.members.as_slice())));
     let mut tables = with_ids(by_table, &tables_before, || {
@@ -106,7 +105,7 @@ pub(super) fn rescan(
         .iter()
         .flat_map(|s| s.processes.iter().map(|pid| (*pid, s.id)))
         .collect();
-    let space_before = firsts
+    let space_before = members
         .iter()
         .filter_map(|m| Some((*m, *space_before.get(&m.pid)?)))
         .collect();
@@ -116,7 +115,7 @@ pub(super) fn rescan(
 
     scan_tables(census, &mut tables, volume, &mut difference)?;
     scan_directories(census, &mut fs, volume, &mut difference)?;
-    let gone = scan_spaces(census, &spaces, volume, &mut difference)?;
+    scan_spaces(census, &spaces, volume, &mut difference)?;
 
     // What is left of the processes: threads for which everything was found.
     let table_of = owners(census.tables.iter().map(|t| (t.id, t.members.as_slice())));
@@ -128,7 +127,6 @@ pub(super) fn rescan(
         .collect();
     census.processes = living
         .into_iter()
-        .filter(|(id, _)| !gone.contains(&id.pid))
         .filter_map(|(id, members)| {
             let thread = |m: Member| {
                 Some(Thread {
@@ -181,6 +179,13 @@ fn with_any<T>(
     Ok(None)
 }
 
+/// Why the next member of a group is asked.
+fn gone(Member { pid, tid }: Member) -> CensusError {
+    CensusError::Proc(ProcError::Gone {
+        path: PathBuf::from(format!("/proc/{pid}/task/{tid}")),
+    })
+}
+
 fn scan_tables(
     census: &mut Census,
     groups: &mut Grouped<TableId>,
@@ -192,9 +197,16 @@ fn scan_tables(
     let mut slots_before = std::mem::take(&mut census.slots);
     for (id, members) in groups.iter_mut() {
         let before = slots_before.remove(id).unwrap_or_default();
-        let reader = with_any(members, |member| TableReader::open(member, volume))?;
-        let Some(reader) = reader else { continue };
-        let slots = scan_table(census, *id, &reader, &before)?;
+        let slots = with_any(members, |member| {
+            let reader = TableReader::open(member, volume)?;
+            let slots = scan_table(census, *id, &reader, &before)?;
+            if reader.is_valid()? {
+                return Ok(slots);
+            }
+            census.descriptions.forget(*id);
+            Err(gone(member))
+        })?;
+        let Some(slots) = slots else { continue };
         let highest = slots.last_key_value().map(|(fd, _)| *fd);
         let table = Table {
             id: *id,
@@ -350,10 +362,7 @@ fn merge(
             let id = census
                 .descriptions
                 .insert(facts, link, kept, state.flags)
-                .map_err(|errno| CensusError::Compare {
-                    pid: Pid::own(),
-                    errno,
-                })?;
+                .map_err(|errno| CensusError::compare(Pid::own(), errno))?;
             census.descriptions.seen(id, place, state, None);
             Some(Slot::Description(id))
         }
@@ -393,42 +402,34 @@ fn scan_directories(
     Ok(())
 }
 
-/// Returns the processes whose memory was gone.
 fn scan_spaces(
     census: &mut Census,
     groups: &Grouped<SpaceId>,
     volume: Volume<'_>,
     difference: &mut Difference,
-) -> Result<BTreeSet<Pid>, CensusError> {
+) -> Result<(), CensusError> {
     let before: BTreeMap<SpaceId, super::AddressSpace> = std::mem::take(&mut census.spaces)
         .into_iter()
         .map(|s| (s.id, s))
         .collect();
     census.not_covered.clear();
-    let mut gone = BTreeSet::new();
     for (id, members) in groups {
         let old = before.get(id);
         let mut left = members.clone();
         let found = with_any(&mut left, |member| {
-            let processes = members.iter().map(|m| m.pid).collect();
-            memory::look(
-                *id,
-                processes,
-                member.pid,
-                old,
-                volume,
-                &mut census.mapped,
-                &mut census.not_covered,
-            )
+            let mut aio = Vec::new();
+            let space = memory::look(*id, member, old, volume, &mut census.mapped, &mut aio)?;
+            // A thread that has lost its memory shows an empty one.
+            if groups::is_exiting(member)? {
+                return Err(gone(member));
+            }
+            census.not_covered.extend(aio);
+            Ok(space)
         })?;
-        let Some(mut space) = found else {
-            gone.extend(members.iter().map(|m| m.pid));
-            continue;
-        };
-        space
-            .processes
-            .retain(|pid| left.iter().any(|m| m.pid == *pid));
-        gone.extend(members.iter().filter(|m| !left.contains(m)).map(|m| m.pid));
+        let Some(mut space) = found else { continue };
+        space.processes = left.iter().map(|m| m.pid).collect();
+        space.processes.sort_unstable();
+        space.processes.dedup();
         let mappings_before = old.map(|s| s.mappings.as_slice()).unwrap_or_default();
         if mappings_before != space.mappings {
             difference.spaces.push(*id);
@@ -441,7 +442,7 @@ fn scan_spaces(
         .flat_map(|s| s.mappings.iter().map(|m| m.file))
         .collect();
     census.mapped.files.retain(|file| used.contains(&file.id));
-    Ok(gone)
+    Ok(())
 }
 
 /// Lists what is seen and not moved.
@@ -494,11 +495,16 @@ fn notes(census: &mut Census, volume: Volume<'_>) -> Result<(), CensusError> {
         }
     }
     for process in &census.processes {
-        let facts = match memory::executable(process.id.pid, volume) {
-            Ok(facts) => facts,
-            Err(error) if error.is_gone() => None,
-            Err(error) => return Err(error),
+        let Some(thread) = process.threads.first() else {
+            continue;
         };
+        let facts = memory::executable(
+            Member {
+                pid: process.id.pid,
+                tid: thread.tid,
+            },
+            volume,
+        )?;
         census
             .not_covered
             .extend(facts.map(|facts| NotCovered::Executable {

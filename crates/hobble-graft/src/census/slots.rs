@@ -13,7 +13,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 
 use super::facts::{self, Identity};
-use super::{CensusError, FileFacts, FileKind, Member, OpenFlags, Owner, Volume};
+use super::{CensusError, FileFacts, FileKind, Member, OpenFlags, Owner, Volume, groups};
 use crate::ids::{Device, Fd};
 use crate::proc::fdinfo::{self, FdInfo};
 use crate::proc::{ParseError, ProcError};
@@ -131,6 +131,11 @@ impl<'a> TableReader<'a> {
             infos,
             volume,
         })
+    }
+
+    /// Whether the thread through which the table is seen still has it. If not, slots were seen as empty that are not.
+    pub(super) fn is_valid(&self) -> Result<bool, CensusError> {
+        Ok(!groups::is_exiting(self.member)?)
     }
 
     /// How many slots are in use; `None` when the kernel does not say (before 6.2).
@@ -293,10 +298,10 @@ impl Looker<'_, '_> {
         match kcmp::file(tid, fd.as_raw(), own, kept.as_raw_fd()) {
             Ok(order) => Ok(order.is_eq()),
             Err(Errno::BADF | Errno::SRCH) => Err(Miss::Empty),
-            Err(errno) => Err(Miss::Failed(CensusError::Compare {
-                pid: self.table.member.pid,
+            Err(errno) => Err(Miss::Failed(CensusError::compare(
+                self.table.member.pid,
                 errno,
-            })),
+            ))),
         }
     }
 
