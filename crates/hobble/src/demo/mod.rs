@@ -64,6 +64,7 @@ pub(crate) fn run(args: &Demo, global: &Global, out: &mut Out) -> Outcome<()> {
     if let Err(error) = put_back {
         let left = place.keep();
         return Err(Fail::failed(error)
+            .step("demo")
             .context("the demo could not put everything back")
             .hint(format!(
                 "{} recover --all; then remove {}",
@@ -78,10 +79,16 @@ pub(crate) fn run(args: &Demo, global: &Global, out: &mut Out) -> Outcome<()> {
             let left = place.keep();
             Err(
                 Fail::failed(anyhow::anyhow!("the demo did not go as it should"))
+                    .step("demo")
                     .hint(format!("the database is kept in {}", left.display())),
             )
         }
+        Err(_) if stage.signals.count() > 0 => Err(Fail::failed(anyhow::anyhow!(
+            "interrupted; everything has been put back"
+        ))
+        .step("demo")),
         Err(error) => Err(Fail::failed(error)
+            .step("demo")
             .context("the demo was broken off; everything has been put back")
             .hint(format!("{} doctor", report::program()))),
     }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use hobble_api::Timestamp;
-use hobble_api::event::Event;
+use hobble_api::event::{Event, EventKind};
 use serde::Serialize;
 
 use super::descriptors::Descriptor;
@@ -13,6 +13,7 @@ use super::protocol::PhaseReport;
 use super::writer::{DATABASE, latency_histogram, per_second};
 use super::{FAILING_WRITES, Findings, SLOW_SYNC};
 use crate::out::{Out, Style, Table, human_duration};
+use crate::render::{self, Line};
 
 /// Upper bounds of the histogram's columns, in microseconds; one more column takes the rest.
 const BUCKETS_US: [u64; 8] = [500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000];
@@ -129,6 +130,17 @@ pub(super) fn program() -> String {
         .unwrap_or_else(|| "hobble".to_owned())
 }
 
+/// Text as one word of a shell command.
+fn shell_word(text: &str) -> String {
+    let plain =
+        |character: char| character.is_ascii_alphanumeric() || "/._-+:@%".contains(character);
+    if !text.is_empty() && text.chars().all(plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
+
 /// Shares of the histogram's columns in percent.
 fn shares(report: &PhaseReport) -> Vec<String> {
     let mut counts = vec![0_u64; BUCKETS_US.len() + 1];
@@ -175,9 +187,18 @@ impl<'a> Reporter<'a> {
         });
     }
 
-    /// An event of the attachment: a JSON line; people read the demo's own words.
+    /// An event of the attachment: a JSON line; people read the demo's own words, and what was moved.
     pub(super) fn event(&mut self, event: &Event) {
         self.out.event(event);
+        if matches!(event.kind, EventKind::Attached(_)) {
+            self.out.line("");
+            for line in render::event(event) {
+                match line {
+                    Line::Plain(text) | Line::Warning(text) => self.out.line(text),
+                    Line::Hint(_) => {}
+                }
+            }
+        }
     }
 
     pub(super) fn started(&mut self, pid: u32, place: &Place) {
@@ -424,10 +445,10 @@ impl<'a> Reporter<'a> {
 
 /// The commands that do the same step by step.
 fn by_hand(directory: &Path, seed: u64) -> Vec<String> {
-    let program = program();
+    let program = shell_word(&program());
     let parent = directory.parent().unwrap_or(directory);
     let place = parent.join("hobble-by-hand");
-    let place = place.display();
+    let place = shell_word(&place.to_string_lossy());
     vec![
         format!("{program} demo-writer --dir {place} &"),
         format!("{program} inject --pid $! --path {place} --no-rules --detach"),
@@ -473,6 +494,13 @@ mod tests {
     fn the_median_is_that_of_the_recorded_latencies() {
         let report = phase(vec![(1_000, 3), (30_000, 1)]);
         assert!(median(&report).abs_diff(Duration::from_millis(1)) < Duration::from_micros(20));
+    }
+
+    #[test]
+    fn words_for_the_shell() {
+        assert_eq!(shell_word("/var/tmp/a-b"), "/var/tmp/a-b");
+        assert_eq!(shell_word("a b"), "'a b'");
+        assert_eq!(shell_word("it's"), r"'it'\''s'");
     }
 
     #[test]
