@@ -90,6 +90,17 @@ impl Diagnostic {
     }
 }
 
+impl Diagnostic {
+    /// The field without the place of its rule, when that is the `--fault` string that the position names anyway.
+    fn shown_field(&self) -> &str {
+        let in_rule = self.field.strip_prefix("rules[").and_then(|rest| rest.split_once(']'));
+        match (self.position.map(|position| position.source), in_rule) {
+            (Some(Source::Fault(_)), Some((_, field))) => field.strip_prefix('.').unwrap_or(field),
+            _ => &self.field,
+        }
+    }
+}
+
 impl fmt::Display for Diagnostic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(position) = self.position {
@@ -98,8 +109,9 @@ impl fmt::Display for Diagnostic {
         if self.severity == Severity::Warning {
             f.write_str("warning: ")?;
         }
-        if !self.field.is_empty() {
-            write!(f, "{}: ", self.field)?;
+        let field = self.shown_field();
+        if !field.is_empty() {
+            write!(f, "{field}: ")?;
         }
         f.write_str(&self.cause)?;
         if let Some(hint) = &self.hint {

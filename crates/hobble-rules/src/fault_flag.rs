@@ -152,7 +152,7 @@ fn parse_numbered(text: &str, number: u32) -> Result<RuleSpec, Vec<Diagnostic>> 
             continue;
         };
         let node = match key.shape {
-            Shape::Word => Node { value: Value::Word(value.iter().map(|letter| letter.c).collect()), position: at(start) },
+            Shape::Word => Node::new(Value::Word(value.iter().map(|letter| letter.c).collect()), at(start)),
             Shape::List => list_node(value, start, at),
             Shape::Weights => weights_node(value, start, at),
             Shape::Range => match range_node(value, at(start)) {
@@ -238,14 +238,14 @@ fn parts(value: &[Letter]) -> Vec<&[Letter]> {
 }
 
 fn list_node(value: &[Letter], start: usize, at: impl Fn(usize) -> Option<Position>) -> Node {
-    let item = |part: &[Letter]| Node {
-        value: Value::Word(part.iter().map(|letter| letter.c).collect()),
-        position: at(part.first().map_or(start, |letter| letter.column)),
+    let item = |part: &[Letter]| {
+        let position = at(part.first().map_or(start, |letter| letter.column));
+        Node::new(Value::Word(part.iter().map(|letter| letter.c).collect()), position)
     };
     let parts = parts(value);
     match parts.as_slice() {
         [one] => item(one),
-        many => Node { value: Value::List(many.iter().map(|part| item(part)).collect()), position: at(start) },
+        many => Node::new(Value::List(many.iter().map(|part| item(part)).collect()), at(start)),
     }
 }
 
@@ -260,11 +260,11 @@ fn weights_node(value: &[Letter], start: usize, at: impl Fn(usize) -> Option<Pos
         let field = |name: &str, value: &str| Entry {
             key: name.to_owned(),
             position,
-            node: Node { value: Value::Word(value.to_owned()), position },
+            node: Node::new(Value::Word(value.to_owned()), position),
         };
-        Node { value: Value::Map(vec![field("errno", key), field("weight", weight)]), position }
+        Node::new(Value::Map(vec![field("errno", key), field("weight", weight)]), position)
     };
-    Node { value: Value::List(parts(value).into_iter().map(entry).collect()), position: at(start) }
+    Node::new(Value::List(parts(value).into_iter().map(entry).collect()), at(start))
 }
 
 fn range_node(value: &[Letter], position: Option<Position>) -> Result<Node, Diagnostic> {
@@ -273,7 +273,7 @@ fn range_node(value: &[Letter], position: Option<Position>) -> Result<Node, Diag
         (!value.is_empty()).then(|| Entry {
             key: key.to_owned(),
             position,
-            node: Node { value: Value::Word(value.to_owned()), position },
+            node: Node::new(Value::Word(value.to_owned()), position),
         })
     };
     let entries: Vec<Entry> = if let Some((start, end)) = text.split_once("..") {
@@ -284,7 +284,7 @@ fn range_node(value: &[Letter], position: Option<Position>) -> Result<Node, Diag
         let cause = format!("{} is not a range", quote(&text));
         return Err(Diagnostic::error("range", cause).hint("write 1MiB+64KiB (start+length) or 1MiB..2MiB (start..end)"));
     };
-    Ok(Node { value: Value::Map(entries), position })
+    Ok(Node::new(Value::Map(entries), position))
 }
 
 /// The maps that dotted keys make.
@@ -310,7 +310,7 @@ impl Tree {
                 }
             }
         }
-        Node { value: Value::Map(self.0), position }
+        Node::new(Value::Map(self.0), position)
     }
 }
 
@@ -325,7 +325,7 @@ fn insert(entries: &mut Vec<Entry>, path: &[&str], position: Option<Position>, n
         return true;
     }
     if place.is_none() {
-        entries.push(Entry { key: (*key).to_owned(), position, node: Node { value: Value::Map(Vec::new()), position } });
+        entries.push(Entry { key: (*key).to_owned(), position, node: Node::new(Value::Map(Vec::new()), position) });
     }
     match entries.iter_mut().find(|entry| entry.key == *key).map(|entry| &mut entry.node.value) {
         Some(Value::Map(inner)) => insert(inner, rest, position, node),

@@ -21,7 +21,7 @@ pub mod spec;
 mod units;
 
 pub use caller::{CallerFacts, Comm, KnownCaller};
-pub use check::{MOST_RULES, check};
+pub use check::{MOST_RULES, check, load};
 pub use counters::RuleCounters;
 pub use diagnostic::{Diagnostic, Position, Severity, Source};
 pub use errno::InjectedErrno;

@@ -3,6 +3,8 @@
 //! Owns the measure: optimal string alignment (insertions, deletions, substitutions, swaps of neighbours), case ignored. Invariant: bounded work, whatever
 //! the word.
 
+use std::cmp::Reverse;
+
 /// Longest word for which a neighbour is sought, in bytes.
 const LONGEST: usize = 40;
 
@@ -15,8 +17,19 @@ pub(crate) fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a s
     let (distance, best) = candidates
         .into_iter()
         .map(|candidate| (distance(word.as_bytes(), candidate.to_lowercase().as_bytes()), candidate))
-        .min_by_key(|(distance, _)| *distance)?;
+        // Among equals: first what only lacks letters, then what begins alike.
+        .min_by_key(|(distance, candidate)| (*distance, !lacks_letters(&word, candidate), Reverse(common_start(&word, candidate))))?;
     (distance <= 1 + word.len().min(best.len()) / 3).then_some(best)
+}
+
+/// Whether `word` is the candidate with letters left out.
+fn lacks_letters(word: &str, candidate: &str) -> bool {
+    let mut letters = candidate.bytes();
+    word.bytes().all(|letter| letters.any(|other| other.eq_ignore_ascii_case(&letter)))
+}
+
+fn common_start(left: &str, right: &str) -> usize {
+    left.bytes().zip(right.bytes()).take_while(|(a, b)| a.eq_ignore_ascii_case(b)).count()
 }
 
 fn distance(left: &[u8], right: &[u8]) -> usize {
@@ -56,6 +69,7 @@ mod tests {
         let words = ["read", "write", "fsync", "rename"];
         assert_eq!(nearest("wriet", words), Some("write"));
         assert_eq!(nearest("FSNYC", words), Some("fsync"));
+        assert_eq!(nearest("whn", ["who", "when"]), Some("when"));
         assert_eq!(nearest("xyzzy", words), None);
         assert_eq!(nearest(&"r".repeat(100_000), words), None);
     }

@@ -4,12 +4,16 @@
 //! `/`; `dir/**` is what lies below `dir`. Patterns match bytes, so a name that is not UTF-8 is matched like any other, and `?` is one byte. Invariant: a
 //! pattern that exists has been compiled.
 
-use std::fmt;
-
 use globset::{Candidate, Glob, GlobBuilder, GlobMatcher, GlobSet};
 
 /// Longest pattern, in bytes: as long as the longest path (PATH_MAX).
 const LONGEST: usize = 4096;
+
+/// Most bytes of all patterns of an experiment together: compiling them must not take long.
+pub(crate) const MOST_BYTES: usize = 128 << 10;
+
+/// Characters that make a pattern more than a name.
+pub(crate) const WILDCARDS: [char; 5] = ['*', '?', '[', '{', '\\'];
 
 /// Deepest nesting of `{…}`; the compiler of the globs is recursive.
 const DEEPEST: usize = 8;
@@ -66,17 +70,10 @@ impl PathPattern {
         })
     }
 
-    /// As it was written.
-    #[must_use]
-    pub(crate) fn as_str(&self) -> &str {
-        &self.text
-    }
-
-    /// Whether it matches every path that `other` can match, as far as that is plain: `other` is one path without wildcards.
+    /// Whether it plainly matches every path that `other` can match: it is the same, or `dir/**` and the other lies below `dir`.
     pub(crate) fn covers(&self, other: &Self) -> bool {
-        let plain = other.text.trim_start_matches("./");
-        let one = plain.contains('/') && !plain.contains(['*', '?', '[', '{', '\\']);
-        one && self.absolute == other.absolute && self.glob.compile_matcher().is_match_candidate(&Candidate::from_bytes(plain))
+        let dir = self.text.strip_suffix("**").filter(|dir| dir.ends_with('/') && !dir.contains(WILDCARDS));
+        self.text == other.text || dir.is_some_and(|dir| other.text.starts_with(dir) && other.text != *dir)
     }
 
     /// Whether it matches everything in the volume.
@@ -85,31 +82,30 @@ impl PathPattern {
     }
 }
 
-impl fmt::Display for PathPattern {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
-    }
-}
-
 /// A pattern for process names.
 #[derive(Clone, Debug)]
-pub(crate) struct CommPattern {
-    matcher: GlobMatcher,
+pub(crate) enum CommPattern {
+    /// A name.
+    Name(String),
+    /// A glob.
+    Glob(GlobMatcher),
 }
 
 impl CommPattern {
     /// Compiles a pattern.
     pub(crate) fn new(text: &str) -> Result<Self, String> {
-        compile(text, false).map(|glob| Self {
-            matcher: glob.compile_matcher(),
-        })
+        if !text.contains(WILDCARDS) {
+            return Ok(Self::Name(text.to_owned()));
+        }
+        compile(text, false).map(|glob| Self::Glob(glob.compile_matcher()))
     }
 
     /// Whether the name matches.
-    #[must_use]
     pub(crate) fn matches(&self, comm: &[u8]) -> bool {
-        self.matcher
-            .is_match_candidate(&Candidate::from_bytes(comm))
+        match self {
+            Self::Name(name) => name.as_bytes() == comm,
+            Self::Glob(matcher) => matcher.is_match_candidate(&Candidate::from_bytes(comm)),
+        }
     }
 }
 

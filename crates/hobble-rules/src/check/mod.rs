@@ -14,8 +14,8 @@ use std::sync::Arc;
 use crate::diagnostic::{Diagnostic, MOST_DIAGNOSTICS, Severity, join, quote};
 use crate::experiment::{Experiment, Rule, RunFor, Scope, Target};
 use crate::nearest::nearest;
-use crate::pattern::PathIndex;
-use crate::spec::{Document, Positions, RuleSpec, VERSION};
+use crate::pattern::{MOST_BYTES, PathIndex};
+use crate::spec::{self, Document, Positions, RuleSpec, VERSION};
 use crate::units::parse_duration;
 
 /// Most rules of an experiment.
@@ -26,8 +26,25 @@ pub const MOST_RULES: usize = 4096;
 /// # Errors
 /// Everything that is wrong with it, in the order of the document; none of them is a warning.
 pub fn check(document: &Document) -> Result<Experiment, Vec<Diagnostic>> {
-    let mut found = Vec::new();
-    let mut checker = Checker { prefix: String::new(), positions: &document.positions, found: &mut found };
+    let rules: Vec<(usize, &RuleSpec)> = document.rules.iter().enumerate().collect();
+    check_parts(document, &rules, Vec::new())
+}
+
+/// Reads and checks a specification in one go, so that a key that is unknown does not hide a value that is wrong elsewhere.
+///
+/// # Errors
+/// Everything that is wrong with it, in the order of the text; none of them is a warning.
+pub fn load(text: &str) -> Result<(Document, Experiment), Vec<Diagnostic>> {
+    let reading = spec::read(text)?;
+    let rules: Vec<(usize, &RuleSpec)> = reading.places.iter().copied().zip(&reading.document.rules).collect();
+    let experiment = check_parts(&reading.document, &rules, reading.found)?;
+    Ok((reading.document, experiment))
+}
+
+/// Checks the rules of a document that could be read, with their places; `found` is what was wrong with the rest of it.
+fn check_parts(document: &Document, specs: &[(usize, &RuleSpec)], found: Vec<Diagnostic>) -> Result<Experiment, Vec<Diagnostic>> {
+    let mut findings = Findings::new(found);
+    let mut checker = Checker { prefix: String::new(), positions: &document.positions, findings: &mut findings };
     if document.version != VERSION {
         let cause = format!("version {} is not known here", document.version);
         checker.error("version", cause).hint(format!("this is version {VERSION}"));
@@ -40,38 +57,86 @@ pub fn check(document: &Document) -> Result<Experiment, Vec<Diagnostic>> {
     let duration = document.duration.as_deref().and_then(|text| check_run_for(&mut checker, text));
     let scopes = [("tree", Scope::Tree), ("namespace", Scope::Namespace)];
     let scope = document.scope.as_deref().and_then(|word| checker.word("scope", "scope", word, &scopes));
-    if document.rules.len() > MOST_RULES {
-        checker.error("rules", format!("there may be {MOST_RULES} rules, here are {}", document.rules.len()));
+    if specs.len() > MOST_RULES {
+        checker.error("rules", format!("there may be {MOST_RULES} rules, here are {}", specs.len()));
     }
 
-    let mut rules: Vec<Rule> = Vec::new();
-    let mut places = Vec::new();
-    for (index, spec) in document.rules.iter().enumerate().take(MOST_RULES) {
-        let prefix = format!("rules[{index}]");
-        let mut checker = Checker { prefix, positions: &spec.positions, found: &mut found };
-        if let Some(rule) = rule::check(&mut checker, spec, index) {
-            rules.push(rule);
-            places.push(index);
+    let mut checked: Vec<Checked<'_>> = Vec::new();
+    for (place, spec) in specs.iter().take(MOST_RULES) {
+        if findings.is_full() {
+            break;
+        }
+        let prefix = format!("rules[{place}]");
+        let mut checker = Checker { prefix, positions: &spec.positions, findings: &mut findings };
+        if let Some(rule) = rule::check(&mut checker, spec, *place) {
+            checked.push(Checked { rule, place: *place, spec });
         }
     }
-    check_names(&document.rules, &rules, &places, &mut found);
-    check_shadows(&document.rules, &rules, &places, &mut found);
+    check_names(&checked, &mut findings);
+    check_shadows(&checked, &mut findings);
 
+    let rules: Vec<Rule> = checked.into_iter().map(|checked| checked.rule).collect();
     let index = PathIndex::new(rules.iter().map(|rule| (rule.path.as_slice(), rule.exclude.as_slice())));
     if let Err(error) = &index {
         let cause = format!("the patterns of all rules together are too large: {}", error.kind());
-        found.push(Diagnostic::error("rules", cause).at(document.positions.find("rules")));
+        findings.add(Diagnostic::error("rules", cause).at(document.positions.find("rules")));
     }
-    let (warnings, mut errors): (Vec<_>, Vec<_>) = found.into_iter().partition(|found| found.severity == Severity::Warning);
     match index {
-        Ok(index) if errors.is_empty() => {
+        Ok(index) if findings.errors.is_empty() => {
             let index = Arc::new(index);
+            let warnings = findings.warnings;
             Ok(Experiment { volume, target, duration, seed: document.seed, scope, rules, index, warnings })
         }
-        _ => {
-            errors.truncate(MOST_DIAGNOSTICS);
-            Err(errors)
+        _ => Err(findings.into_errors()),
+    }
+}
+
+/// A rule that passed, with what it was written as.
+struct Checked<'a> {
+    rule: Rule,
+    place: usize,
+    spec: &'a RuleSpec,
+}
+
+/// What was found, up to [`MOST_DIAGNOSTICS`] of each severity.
+struct Findings {
+    errors: Vec<Diagnostic>,
+    warnings: Vec<Diagnostic>,
+    /// Stands for what is past the limit.
+    spare: Option<Diagnostic>,
+    /// Bytes of the patterns so far.
+    pattern_bytes: usize,
+}
+
+impl Findings {
+    fn new(found: Vec<Diagnostic>) -> Self {
+        let mut findings = Self { errors: Vec::new(), warnings: Vec::new(), spare: None, pattern_bytes: 0 };
+        for diagnostic in found {
+            findings.add(diagnostic);
         }
+        findings
+    }
+
+    fn is_full(&self) -> bool {
+        self.errors.len() >= MOST_DIAGNOSTICS
+    }
+
+    fn add(&mut self, diagnostic: Diagnostic) -> Added<'_> {
+        let kept = match diagnostic.severity {
+            Severity::Error => &mut self.errors,
+            Severity::Warning => &mut self.warnings,
+        };
+        if kept.len() >= MOST_DIAGNOSTICS {
+            return Added(Some(self.spare.insert(diagnostic)));
+        }
+        kept.push(diagnostic);
+        Added(kept.last_mut())
+    }
+
+    /// The errors in the order of the text.
+    fn into_errors(mut self) -> Vec<Diagnostic> {
+        self.errors.sort_by_key(|error| error.position);
+        self.errors
     }
 }
 
@@ -100,30 +165,32 @@ fn check_run_for(checker: &mut Checker<'_>, text: &str) -> Option<RunFor> {
 }
 
 /// Names must be unique, since counts and decisions go by them.
-fn check_names(specs: &[RuleSpec], rules: &[Rule], places: &[usize], found: &mut Vec<Diagnostic>) {
+fn check_names(checked: &[Checked<'_>], findings: &mut Findings) {
     let mut first: HashMap<&str, usize> = HashMap::new();
-    for (rule, place) in rules.iter().zip(places) {
+    for Checked { rule, place, spec } in checked {
         if let Some(earlier) = first.insert(rule.name(), *place) {
-            let field = format!("rules[{place}].name");
             let cause = format!("the name {} belongs to rules[{earlier}] already", quote(rule.name()));
-            let position = specs.get(*place).and_then(|spec| spec.positions.find("name"));
-            found.push(Diagnostic::error(field, cause).at(position));
+            let position = spec.positions.find("name");
+            findings.add(Diagnostic::error(format!("rules[{place}].name"), cause).at(position));
         }
     }
 }
 
 /// A rule behind one that always fires on all its operations, and ends the list, can never fire.
-fn check_shadows(specs: &[RuleSpec], rules: &[Rule], places: &[usize], found: &mut Vec<Diagnostic>) {
+fn check_shadows(checked: &[Checked<'_>], findings: &mut Findings) {
     let mut walls: Vec<&Rule> = Vec::new();
-    for (rule, place) in rules.iter().zip(places) {
-        if let Some(wall) = walls.iter().find(|wall| wall.ops.is_superset(rule.ops)) {
+    for Checked { rule, place, spec } in checked {
+        let hidden = walls.iter().find(|wall| wall.ops.is_superset(rule.ops));
+        if let Some(wall) = hidden {
             let cause = format!("can never fire: {} before it always fires and ends the list", quote(wall.name()));
-            let position = specs.get(*place).and_then(|spec| spec.positions.find(""));
-            let hint = if wall.stop { "remove its `then: stop`, or put this rule first" } else { "its errno ends the operation; put this rule first" };
-            found.push(Diagnostic::error(format!("rules[{place}]"), cause).hint(hint).at(position));
-        }
-        // One wall for each set of operations is enough, and keeps this linear.
-        if rule.is_terminal() && rule.is_unconditional() && !walls.iter().any(|wall| wall.ops.is_superset(rule.ops)) {
+            let hint = match wall.stop {
+                true => "remove its `then: stop`, or put this rule first",
+                false => "its errno ends the operation; put this rule first",
+            };
+            findings.add(Diagnostic::error(format!("rules[{place}]"), cause).hint(hint).at(spec.positions.find("")));
+        } else if rule.is_terminal() && rule.is_unconditional() {
+            // Walls never contain one another's operations, so there are few.
+            walls.retain(|wall| !rule.ops.is_superset(wall.ops));
             walls.push(rule);
         }
     }
@@ -133,7 +200,7 @@ fn check_shadows(specs: &[RuleSpec], rules: &[Rule], places: &[usize], found: &m
 pub(crate) struct Checker<'a> {
     prefix: String,
     positions: &'a Positions,
-    found: &'a mut Vec<Diagnostic>,
+    findings: &'a mut Findings,
 }
 
 /// A diagnostic just added, to which a hint may be given.
@@ -157,8 +224,7 @@ impl Checker<'_> {
     fn add(&mut self, severity: Severity, field: &str, cause: String) -> Added<'_> {
         let position = self.positions.find(field);
         let field = join(&self.prefix, field);
-        self.found.push(Diagnostic { severity, position, field, cause, hint: None });
-        Added(self.found.last_mut())
+        self.findings.add(Diagnostic { severity, position, field, cause, hint: None })
     }
 
     pub(crate) fn error(&mut self, field: &str, cause: impl Into<String>) -> Added<'_> {
@@ -181,6 +247,9 @@ impl Checker<'_> {
     /// Reports a word that is none of `words`.
     pub(crate) fn unknown(&mut self, field: &str, what: &str, word: &str, words: &[&str]) {
         const FEW: usize = 8;
+        if self.findings.is_full() {
+            return;
+        }
         let hint = match nearest(word, words.iter().copied()) {
             Some(near) => Some(format!("did you mean `{near}`?")),
             None if words.len() <= FEW => Some(format!("there are {}", words.join(", "))),
@@ -199,6 +268,22 @@ impl Checker<'_> {
         }
     }
 
+    /// How many errors were found so far.
+    fn errors(&self) -> usize {
+        self.findings.errors.len()
+    }
+
+    /// Whether there is room for a pattern of so many bytes; reported once when there is not.
+    pub(crate) fn afford_pattern(&mut self, field: &str, bytes: usize) -> bool {
+        let before = self.findings.pattern_bytes;
+        self.findings.pattern_bytes = before.saturating_add(bytes);
+        if before <= MOST_BYTES && self.findings.pattern_bytes > MOST_BYTES {
+            self.error(field, format!("the patterns of all rules together may have {MOST_BYTES} bytes"));
+        }
+        self.findings.pattern_bytes <= MOST_BYTES
+    }
+
+    /// A process id.
     pub(crate) fn pid(&mut self, field: &str, pid: u32) {
         if pid == 0 || i32::try_from(pid).is_err() {
             self.error(field, format!("{pid} is not a process id"));

@@ -9,7 +9,7 @@ use crate::diagnostic::quote;
 use crate::experiment::{ByteRange, Per, Rule, Trigger, Who};
 use crate::fault::{FaultKind, Faults, attr, corrupt, errno, latency};
 use crate::op::{Op, OpSet};
-use crate::pattern::{CommPattern, PathPattern};
+use crate::pattern::{CommPattern, PathPattern, WILDCARDS};
 use crate::spec::{NumberOrText, OneOrMany, RangeSpec, RuleSpec, WhenSpec, WhoSpec};
 use crate::units::parse_size;
 
@@ -21,7 +21,7 @@ const LONGEST_COMM: usize = 15;
 
 /// Checks a rule; `None` when it is wrong, which has been reported then.
 pub(super) fn check(checker: &mut Checker<'_>, spec: &RuleSpec, index: usize) -> Option<Rule> {
-    let before = checker.found.iter().filter(|found| found.severity == crate::Severity::Error).count();
+    let before = checker.errors();
     let faults = check_faults(checker, spec);
     let ops = check_ops(checker, spec, &faults);
     let path = check_patterns(checker, "path", spec.path.as_ref());
@@ -33,8 +33,7 @@ pub(super) fn check(checker: &mut Checker<'_>, spec: &RuleSpec, index: usize) ->
     let stop = spec.then.as_deref().and_then(|word| checker.word("then", "consequence", word, &[("stop", true)])).unwrap_or(false);
     let name = check_name(checker, spec, &faults, index);
 
-    let after = checker.found.iter().filter(|found| found.severity == crate::Severity::Error).count();
-    if after > before {
+    if checker.errors() > before {
         return None;
     }
     if faults.corrupt.is_some() && ops.contains(Op::Write) {
@@ -176,6 +175,9 @@ fn check_patterns(checker: &mut Checker<'_>, field: &str, patterns: Option<&OneO
     }
     let mut compiled = Vec::new();
     for (index, text) in patterns.as_slice().iter().enumerate() {
+        if !checker.afford_pattern(field, text.len()) {
+            break;
+        }
         match PathPattern::new(text) {
             Ok(pattern) => compiled.push(pattern),
             Err((cause, hint)) => {
@@ -189,7 +191,7 @@ fn check_patterns(checker: &mut Checker<'_>, field: &str, patterns: Option<&OneO
 /// A rule whose every path is excluded can never fire.
 fn check_excluded(checker: &mut Checker<'_>, path: &[PathPattern], exclude: &[PathPattern]) {
     let everything = exclude.iter().any(PathPattern::is_everything);
-    let covered = |pattern: &PathPattern| exclude.iter().any(|exclude| exclude.as_str() == pattern.as_str() || exclude.covers(pattern));
+    let covered = |pattern: &PathPattern| exclude.iter().any(|exclude| exclude.covers(pattern));
     if everything || (!path.is_empty() && path.iter().all(covered)) {
         checker.error("exclude", "the rule can never fire: everything it could match is excluded");
     }
@@ -197,22 +199,28 @@ fn check_excluded(checker: &mut Checker<'_>, path: &[PathPattern], exclude: &[Pa
 
 fn check_who(checker: &mut Checker<'_>, spec: &WhoSpec) -> Who {
     let mut who = Who::default();
-    let empty = |values: usize| (values == 0).then_some("an empty list matches nobody");
+    for (field, count) in [
+        ("who.pid", spec.pid.as_ref().map(|pids| pids.as_slice().len())),
+        ("who.comm", spec.comm.as_ref().map(|comms| comms.as_slice().len())),
+        ("who.uid", spec.uid.as_ref().map(|uids| uids.as_slice().len())),
+    ] {
+        if count == Some(0) {
+            checker.error(field, "an empty list matches nobody");
+        }
+    }
     if let Some(pids) = &spec.pid {
         for (index, pid) in pids.as_slice().iter().enumerate() {
             checker.pid(&field_of("who.pid", pids, index), *pid);
         }
         who.pid = pids.as_slice().to_vec();
-        empty(who.pid.len()).into_iter().for_each(|cause| drop(checker.error("who.pid", cause)));
     }
     if let Some(uids) = &spec.uid {
         who.uid = uids.as_slice().to_vec();
-        empty(who.uid.len()).into_iter().for_each(|cause| drop(checker.error("who.uid", cause)));
     }
     if let Some(comms) = &spec.comm {
         for (index, text) in comms.as_slice().iter().enumerate() {
             let field = field_of("who.comm", comms, index);
-            let literal = !text.contains(['*', '?', '[', '{', '\\']);
+            let literal = !text.contains(WILDCARDS);
             if literal && text.len() > LONGEST_COMM {
                 let start = text.char_indices().map(|(at, c)| at + c.len_utf8()).take_while(|end| *end <= LONGEST_COMM).last().unwrap_or(0);
                 let shown = text.get(..start).unwrap_or_default();
@@ -224,12 +232,17 @@ fn check_who(checker: &mut Checker<'_>, spec: &WhoSpec) -> Who {
                 checker.error(&field, "an empty pattern matches nobody");
                 continue;
             }
+            // A glob for names is compiled alone, which costs more than its length says.
+            if !checker.afford_pattern(&field, text.len() + if literal { 0 } else { 64 }) {
+                break;
+            }
             match CommPattern::new(text) {
                 Ok(pattern) => who.comm.push(pattern),
-                Err(cause) => drop(checker.error(&field, format!("{}: {cause}", quote(text)))),
+                Err(cause) => {
+                    checker.error(&field, format!("{}: {cause}", quote(text)));
+                }
             }
         }
-        empty(comms.as_slice().len()).into_iter().for_each(|cause| drop(checker.error("who.comm", cause)));
     }
     if spec.pid.is_none() && spec.uid.is_none() && spec.comm.is_none() {
         checker.error("who", "is empty").hint("one or more of pid, comm, uid");

@@ -8,17 +8,18 @@ use std::collections::BTreeMap;
 use super::node::{Entry, Node, Value};
 use super::{
     AttrSpec, CorruptShape, CorruptSpec, Document, ErrnoItem, ErrnoName, ErrnoSpec, FaultSpec, LatencyShape, LatencySpec, NumberOrText,
-    OneOrMany, Positions, RangeSpec, RuleSpec, TargetSpec, TimeParts, TimeSpec, VERSION, WeightedErrno, WhenSpec, WhoSpec,
+    OneOrMany, Positions, RangeSpec, Reading, RuleSpec, TargetSpec, TimeParts, TimeSpec, VERSION, WeightedErrno, WhenSpec, WhoSpec,
 };
 use crate::diagnostic::{Diagnostic, MOST_DIAGNOSTICS, Position, quote};
 use crate::fault::{FaultKind, NOT_IN_THIS_VERSION};
 use crate::nearest::nearest;
 
 /// Reads a whole document.
-pub(super) fn read_document(root: &Node) -> Result<Document, Vec<Diagnostic>> {
+pub(super) fn read_document(root: &Node) -> Reading {
     let mut reader = Reader::new("");
     reader.positions.insert("", root.position);
-    let mut document = Document::default();
+    let mut document = Document { version: VERSION, ..Document::default() };
+    let mut places = Vec::new();
     if let Some(mut map) = reader.map("", root) {
         match map.take("version") {
             Some(node) => document.version = reader.number("version", node).unwrap_or(VERSION),
@@ -31,25 +32,29 @@ pub(super) fn read_document(root: &Node) -> Result<Document, Vec<Diagnostic>> {
         document.scope = map.take("scope").and_then(|node| reader.text("scope", node));
         let rules = map.take("rules");
         reader.finish("", map, |_| None);
-        document.rules = rules.map(|node| read_rules(&mut reader, node)).unwrap_or_default();
+        (places, document.rules) = rules.map(|node| read_rules(&mut reader, node)).unwrap_or_default();
     }
-    document.positions = std::mem::take(&mut reader.positions);
-    reader.done(document)
+    document.positions = reader.positions;
+    Reading { document, places, found: reader.diagnostics }
 }
 
-fn read_rules(reader: &mut Reader, node: &Node) -> Vec<RuleSpec> {
-    let Some(items) = reader.list("rules", node) else { return Vec::new() };
-    let mut rules = Vec::new();
+/// The rules that could be read, and before them their places.
+fn read_rules(reader: &mut Reader, node: &Node) -> (Vec<usize>, Vec<RuleSpec>) {
+    let (mut places, mut rules) = (Vec::new(), Vec::new());
+    let Some(items) = reader.list("rules", node) else { return (places, rules) };
     for (index, item) in items.iter().enumerate() {
         if reader.is_full() {
             break;
         }
         match read_rule(item, &format!("rules[{index}]")) {
-            Ok(rule) => rules.push(rule),
+            Ok(rule) => {
+                places.push(index);
+                rules.push(rule);
+            }
             Err(diagnostics) => diagnostics.into_iter().for_each(|diagnostic| reader.push(diagnostic)),
         }
     }
-    rules
+    (places, rules)
 }
 
 /// Reads one rule; `prefix` is put before its fields in messages.

@@ -4,16 +4,18 @@
 //! here; whether the values make sense is for [`crate::check`] to say. What is printed reads back as the same document.
 
 mod decode;
+mod json_schema;
 pub(crate) mod node;
 
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::diagnostic::{Diagnostic, Position};
 
 pub(crate) use decode::read_rule;
+pub use json_schema::schema;
 pub use node::LARGEST;
 
 /// The version of the language.
@@ -41,6 +43,7 @@ pub struct Document {
     pub seed: Option<u64>,
     /// Who is hit: `tree` (the process and its descendants) or `namespace` (every process of its mount namespace).
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("enum" = ["tree", "namespace"]))]
     pub scope: Option<String>,
     /// The rules, asked in this order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -87,6 +90,7 @@ pub struct RuleSpec {
     pub fault: FaultSpec,
     /// `stop`: when the rule fires, no later rule is asked.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("enum" = ["stop"]))]
     pub then: Option<String>,
     /// Where the fields were written.
     #[serde(skip)]
@@ -159,8 +163,8 @@ pub struct RangeSpec {
 #[serde(deny_unknown_fields)]
 pub struct WhenSpec {
     /// Share of the matches that are hit, by chance.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0, max = 100))]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "plain_percent")]
+    #[schemars(range(min = 0, max = 100), with = "Option<f64>")]
     pub percent: Option<f64>,
     /// So many matches are let pass first.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -181,6 +185,7 @@ pub struct WhenSpec {
     pub lasting: Option<String>,
     /// What the counts are kept for: `rule` (the default), `process` or `file`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("enum" = ["rule", "process", "file"]))]
     pub per: Option<String>,
 }
 
@@ -224,6 +229,7 @@ pub struct LatencyShape {
     pub jitter: Option<String>,
     /// `constant`, `uniform` (the default with a jitter), `normal`, `exponential`, `pareto` or `lognormal`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("enum" = ["constant", "uniform", "normal", "exponential", "pareto", "lognormal"]))]
     pub distribution: Option<String>,
     /// No delay is shorter.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -300,6 +306,7 @@ pub struct AttrSpec {
     pub ctime: Option<TimeSpec>,
     /// File type: `regular`, `directory`, `symlink`, `fifo`, `socket`, `char_device` or `block_device`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("enum" = ["regular", "directory", "symlink", "fifo", "socket", "char_device", "block_device", "file", "regularFile", "namedPipe", "charDevice", "blockDevice"]))]
     pub kind: Option<String>,
     /// Permission bits: octal text such as `"0644"`, or a plain number.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -354,6 +361,7 @@ pub enum CorruptSpec {
 #[serde(deny_unknown_fields)]
 pub struct CorruptShape {
     /// What is put in: `zero` or `random`.
+    #[schemars(extend("enum" = ["zero", "random"]))]
     pub fill: String,
     /// Each operation has 1 to so many segments altered; 1 when there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -427,24 +435,48 @@ pub struct PrintError {
 /// # Errors
 /// Everything that is not readable, unknown or of the wrong shape, with its position.
 pub fn parse(text: &str) -> Result<Document, Vec<Diagnostic>> {
+    read(text)?.whole()
+}
+
+/// What could be read of a text that was at least YAML.
+pub(crate) struct Reading {
+    /// The document, with those of its rules that could be read.
+    pub(crate) document: Document,
+    /// The places of these rules.
+    pub(crate) places: Vec<usize>,
+    /// What is wrong with the rest.
+    pub(crate) found: Vec<Diagnostic>,
+}
+
+impl Reading {
+    fn whole(self) -> Result<Document, Vec<Diagnostic>> {
+        let mut found = self.found;
+        found.sort_by_key(|diagnostic| diagnostic.position);
+        if found.is_empty() { Ok(self.document) } else { Err(found) }
+    }
+}
+
+/// Reads as much of a specification as can be read.
+pub(crate) fn read(text: &str) -> Result<Reading, Vec<Diagnostic>> {
     let root = node::from_yaml(text).map_err(|diagnostic| vec![diagnostic])?;
-    decode::read_document(&root)
+    Ok(decode::read_document(&root))
 }
 
 impl<'de> Deserialize<'de> for Document {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let root = node::Node::from(serde_json::Value::deserialize(deserializer)?);
-        decode::read_document(&root).map_err(|diagnostics| {
+        decode::read_document(&root).whole().map_err(|diagnostics| {
             let causes: Vec<String> = diagnostics.iter().map(ToString::to_string).collect();
             serde::de::Error::custom(causes.join("; "))
         })
     }
 }
 
-/// The JSON Schema of a specification, as checked in at `docs/experiment.schema.json`.
-#[must_use]
-pub fn schema() -> String {
-    let mut text = serde_json::to_string_pretty(&schemars::schema_for!(Document)).unwrap_or_default();
-    text.push('\n');
-    text
+/// Writes 10 rather than 10.0.
+fn plain_percent<S: Serializer>(percent: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
+    match percent {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Whole, and in range.
+        Some(percent) if percent.fract() == 0.0 && (0.0..=100.0).contains(percent) => serializer.serialize_u64(*percent as u64),
+        percent => percent.serialize(serializer),
+    }
 }

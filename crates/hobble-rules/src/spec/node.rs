@@ -9,7 +9,7 @@ use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_saphyr::options::{DuplicateKeyPolicy, MergeKeyPolicy};
 use serde_saphyr::{Location, Spanned};
 
-use crate::diagnostic::{Diagnostic, Position, Source};
+use crate::diagnostic::{Diagnostic, Position, Source, quote};
 
 /// Largest text of a specification, in bytes.
 pub const LARGEST: usize = 1 << 20;
@@ -21,6 +21,8 @@ const DEEPEST: usize = 24;
 pub(crate) struct Node {
     pub(crate) value: Value,
     pub(crate) position: Option<Position>,
+    /// Byte of the text at which the value itself begins, which is elsewhere when an alias stands for it.
+    start: Option<u64>,
 }
 
 /// What was written.
@@ -69,8 +71,8 @@ pub(crate) fn from_yaml(text: &str) -> Result<Node, Diagnostic> {
         budget: serde_saphyr::budget! {
             max_depth: DEEPEST,
             flow_nesting_limit: DEEPEST,
-            max_nodes: 100_000,
-            max_events: 400_000,
+            max_nodes: 50_000,
+            max_events: 200_000,
             max_documents: 1,
             max_aliases: 1_000,
             max_anchors: 1_000,
@@ -90,15 +92,60 @@ pub(crate) fn from_yaml(text: &str) -> Result<Node, Diagnostic> {
         with_snippet: false,
     };
     match serde_saphyr::from_str_with_options::<Spanned<Value>>(text, options) {
-        Ok(spanned) => Ok(Node::from(spanned)),
+        Ok(spanned) => {
+            let mut root = Node::from(spanned);
+            root.keep_signs(text);
+            Ok(root)
+        }
         Err(error) => {
             let position = error.location().and_then(position);
-            let message = error.without_snippet().to_string();
-            // The library's message may be of several lines and repeats the position.
+            Err(Diagnostic::error("", cause_of(error.without_snippet())).at(position))
+        }
+    }
+}
+
+/// The cause in our words where the library's would puzzle, else the first line of its own.
+fn cause_of(error: &serde_saphyr::Error) -> String {
+    use serde_saphyr::Error;
+    use serde_saphyr::budget::BudgetBreach;
+    let cause = match error {
+        Error::DuplicateMappingKey { key: Some(key), .. } => return format!("the key {} is there twice", quote(key)),
+        Error::Budget { breach: BudgetBreach::Documents { .. }, .. } | Error::MultipleDocuments { .. } => {
+            return "there is more than one document".into();
+        }
+        Error::Budget { breach: BudgetBreach::Depth { .. }, .. } => "nested too deeply".into(),
+        Error::Budget { .. } => "it has too many parts".into(),
+        Error::AliasReplayLimitExceeded { .. } | Error::AliasExpansionLimitExceeded { .. } | Error::AliasReplayStackDepthExceeded { .. } => {
+            "its aliases stand for too much".into()
+        }
+        _ => {
+            let message = error.to_string();
             let line = message.lines().next().unwrap_or_default();
-            let cause = line.split(" at line ").next().unwrap_or(line);
-            let cause: String = cause.chars().take(200).collect();
-            Err(Diagnostic::error("", format!("not readable as YAML or JSON: {cause}")).at(position))
+            // The position is said elsewhere.
+            line.split(" at line ").next().unwrap_or(line).chars().take(200).collect::<String>()
+        }
+    };
+    format!("not readable as YAML or JSON: {cause}")
+}
+
+impl Node {
+    /// A value at a place.
+    pub(crate) const fn new(value: Value, position: Option<Position>) -> Self {
+        Self { value, position, start: None }
+    }
+
+    /// Makes text of numbers that were written with a plus: `+1` is relative where a rule takes relative values, and YAML takes it for 1.
+    fn keep_signs(&mut self, source: &str) {
+        match &mut self.value {
+            Value::List(items) => items.iter_mut().for_each(|item| item.keep_signs(source)),
+            Value::Map(entries) => entries.iter_mut().for_each(|entry| entry.node.keep_signs(source)),
+            Value::Int(number) => {
+                let start = self.start.and_then(|start| usize::try_from(start).ok());
+                if start.and_then(|start| source.as_bytes().get(start)) == Some(&b'+') {
+                    self.value = Value::Text(format!("+{number}"));
+                }
+            }
+            _ => {}
         }
     }
 }
@@ -110,7 +157,8 @@ fn position(location: Location) -> Option<Position> {
 
 impl From<Spanned<Value>> for Node {
     fn from(spanned: Spanned<Value>) -> Self {
-        Self { position: position(spanned.referenced), value: spanned.value }
+        let start = spanned.defined.span().byte_offset();
+        Self { start, ..Self::new(spanned.value, position(spanned.referenced)) }
     }
 }
 
@@ -130,7 +178,7 @@ impl From<serde_json::Value> for Node {
                 Value::Map(entries.into_iter().map(entry).collect())
             }
         };
-        Self { value, position: None }
+        Self::new(value, None)
     }
 }
 
