@@ -73,7 +73,59 @@ fn check(root: &Path) -> Result<Vec<Finding>> {
             }
         }
     }
+    findings.extend(check_dependencies(root)?);
     Ok(findings)
+}
+
+/// Every dependency from outside has its line in `docs/dependencies.md`, and every line its dependency.
+fn check_dependencies(root: &Path) -> Result<Vec<Finding>> {
+    let read = |name: &str| {
+        fs::read_to_string(root.join(name)).with_context(|| format!("cannot read {name}"))
+    };
+    let (manifest, page) = (read("Cargo.toml")?, read("docs/dependencies.md")?);
+    let used: Vec<(usize, &str)> = manifest
+        .lines()
+        .enumerate()
+        .skip_while(|(_, line)| *line != "[workspace.dependencies]")
+        .skip(1)
+        .take_while(|(_, line)| !line.starts_with('['))
+        .filter_map(|(number, line)| Some((number + 1, line.split_once('=')?.0.trim())))
+        .filter(|(_, name)| !name.starts_with("hobble-"))
+        .collect();
+    let explained: Vec<(usize, &str)> = page
+        .lines()
+        .enumerate()
+        .filter_map(|(number, line)| {
+            Some((number + 1, line.strip_prefix("| ")?.split(" |").next()?))
+        })
+        .filter(|(_, name)| *name != "crate")
+        .collect();
+    let find = |file: &str, line: usize, text: String| Finding {
+        file: file.into(),
+        line,
+        text,
+    };
+    let unexplained = used
+        .iter()
+        .filter(|(_, name)| !explained.iter().any(|(_, other)| other == name))
+        .map(|(line, name)| {
+            find(
+                "Cargo.toml",
+                *line,
+                format!("docs/dependencies.md says nothing about {name}"),
+            )
+        });
+    let unused = explained
+        .iter()
+        .filter(|(_, name)| !used.iter().any(|(_, other)| other == name))
+        .map(|(line, name)| {
+            find(
+                "docs/dependencies.md",
+                *line,
+                format!("{name} is no dependency"),
+            )
+        });
+    Ok(unexplained.chain(unused).collect())
 }
 
 fn rust_files(directory: &Path) -> Result<Vec<PathBuf>> {
