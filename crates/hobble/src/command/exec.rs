@@ -3,6 +3,7 @@
 use hobble_api::event::EventKind;
 use hobble_api::exit::EXEC_FAILED;
 
+use crate::command::need_root;
 use crate::fail::{Fail, Outcome};
 use crate::intent;
 use crate::out::{Out, printable};
@@ -16,6 +17,7 @@ pub(crate) fn run(intent: &intent::Exec, out: &mut Out) -> Outcome<u8> {
     for warning in &intent.warnings {
         out.warn("warning:", &printable(warning));
     }
+    need_root("exec")?;
     let signals = Signals::install_for_command()?;
     let mut failed = false;
     let outcome = hobble_attach::exec(

@@ -14,7 +14,7 @@ use hobble_api::exit::ExitCode;
 use hobble_api::status::Verdict;
 use hobble_attach::{AttachError, InjectOptions, Lifetime, Session};
 
-use crate::command::print;
+use crate::command::{need_root, print};
 use crate::fail::{Fail, Outcome};
 use crate::intent;
 use crate::out::{Out, human_duration, printable};
@@ -32,6 +32,7 @@ pub(crate) fn run(intent: &intent::Inject, out: &mut Out) -> Outcome<()> {
     if intent.dry_run {
         return dry_run(&intent.options, out);
     }
+    need_root("inject")?;
     let signals = Signals::install()?;
     let session = hobble_attach::inject(&intent.options)?;
     let foreground = Foreground {

@@ -10,7 +10,7 @@ use hobble_api::event::{Event, EventKind};
 use hobble_attach::{AttachError, Which};
 
 use crate::cli::{Global, Recover};
-use crate::command::{print, resolve};
+use crate::command::{need_root, print, resolve};
 use crate::fail::{Fail, Outcome};
 use crate::out::Out;
 use crate::render;
@@ -36,6 +36,7 @@ pub(crate) fn run(args: &Recover, global: &Global, out: &mut Out) -> Outcome<()>
     } else {
         Which::One(resolve(&global.state_dir, args.id.id.as_deref())?)
     };
+    need_root("recover")?;
     let signals = Signals::install()?;
     let news = start(global, which, args.force)?;
     let mut incomplete = Vec::new();
