@@ -375,9 +375,15 @@ impl<'s> Borrowed<'s> {
         let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
         let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE) as u64 | MAP_FIXED_NOREPLACE;
         let none = u64::MAX;
+        // Recorded before it is made: if we die in between, the code unmaps nothing, or what it has just made. Nobody else maps memory in the
+        // middle of the largest hole in these microseconds.
+        self.set_ending((scratch, SCRATCH_LENGTH), (0, 0))?;
         let got = self.call("mmap", libc::SYS_mmap, [scratch, SCRATCH_LENGTH, protection, flags, none, 0], deadline)?;
         self.scratch = got;
-        self.set_ending((got, SCRATCH_LENGTH), (0, 0))?;
+        if got != scratch {
+            // A kernel before 4.17 takes the flag for a hint.
+            self.set_ending((got, SCRATCH_LENGTH), (0, 0))?;
+        }
         self.write_header()?;
         let cleanup = (got + CLEANUP, got + CLEANUP + (MESSAGE_DESCRIPTORS + 2) as u64 * ENTRY_SIZE as u64);
         self.set_ending((got, SCRATCH_LENGTH), cleanup)?;
@@ -795,8 +801,8 @@ impl<'s> Borrowed<'s> {
         }
     }
 
-    /// Closes and unmaps what we made, the record of each cleared before: were we to die in between, a leak is harmless and a number closed
-    /// twice is not.
+    /// Closes and unmaps what we made. The record of a descriptor is cleared before it is closed: were we to die in between, a leak is
+    /// harmless and a number closed twice is not.
     fn close_leftovers(&mut self, deadline: Deadline) -> Result<(), RemoteError> {
         let mut cells = [0; 4 * MESSAGE_DESCRIPTORS];
         let mut ends = [0; 8];
@@ -813,7 +819,8 @@ impl<'s> Borrowed<'s> {
             self.memory.write(self.scratch + at, &[0xff; 4])?;
             self.call("close", libc::SYS_close, [u64::from(fd.cast_unsigned()), 0, 0, 0, 0, 0], deadline)?;
         }
-        self.set_ending((self.scratch, 0), (0, 0))?;
+        // The table is about to go; unmapping twice is harmless, see above.
+        self.set_ending((self.scratch, SCRATCH_LENGTH), (0, 0))?;
         let scratch = std::mem::take(&mut self.scratch);
         self.call("munmap", libc::SYS_munmap, [scratch, SCRATCH_LENGTH, 0, 0, 0, 0], deadline).map(drop)
     }

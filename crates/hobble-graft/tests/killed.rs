@@ -1,0 +1,220 @@
+//! The process that moves files is killed at random instants. The target never dies, never stays stopped, and its data stay right.
+
+mod target;
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use hobble_graft::census::Census;
+use hobble_graft::ids::{Pid, ProcessId};
+use hobble_graft::remote::{self, Residue};
+use hobble_graft::stop::{Deadline, Tracer};
+use hobble_graft::switch::{NoHandover, Step, StepLog, Switch, SwitchFailed};
+use target::Target;
+use target::volume::{Side, Volume};
+
+const ROUNDS: usize = 240;
+
+/// Writes and reads through moved descriptors, checks its mappings, sleeps, waits and takes signals, all the while, and counts its rounds
+/// where the test can see them.
+const LEDGER: &str = r#"
+#include <sys/epoll.h>
+static volatile uint64_t *beat;
+static char *directory;
+static volatile int alarms;
+static void on_alarm(int s) { (void)s; alarms++; }
+static void *sleeper(void *unused) {
+    (void)unused;
+    for (;;) {
+        double begun = now(); struct timespec t = { 0, 30000000 };
+        check(nanosleep(&t, 0) == 0);
+        check(now() - begun >= 0.03);
+        beat[1]++;
+    }
+}
+static void *waiter(void *unused) {
+    (void)unused;
+    int e = epoll_create1(0); struct epoll_event v;
+    for (;;) {
+        // A mover killed after the stop and before it has seen the register leaves the EINTR that the kernel gives after any stop.
+        int r = epoll_wait(e, &v, 1, 20);
+        if (r < 0) { check(errno == EINTR); beat[4]++; } else { check(r == 0); beat[2]++; }
+    }
+}
+static int at(const char *name, int flags) {
+    char path[512]; snprintf(path, sizeof path, "%s/%s", directory, name);
+    int fd = open(path, flags, 0600); check(fd >= 0); return fd;
+}
+int main(int argc, char **argv) {
+    directory = argv[1];
+    int f = open(argv[2], O_RDWR); check(f >= 0);
+    beat = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, f, 0); check(beat != MAP_FAILED);
+    check(chdir(directory) == 0);
+    int log = at("log", O_RDWR | O_CREAT), check_log = at("log", O_RDONLY), append = at("append", O_WRONLY | O_CREAT | O_APPEND);
+    int twin = dup(log);
+    int many[600]; for (int i = 0; i < 600; i++) many[i] = at("data", O_RDONLY | (i % 2 ? O_CLOEXEC : 0));
+    int data = at("data", O_RDWR);
+    unsigned char *private = mmap(0, 65536, PROT_READ | PROT_WRITE, MAP_PRIVATE, data, 0);
+    volatile uint64_t *shared = mmap(0, 65536, PROT_READ | PROT_WRITE, MAP_SHARED, data, 65536);
+    check(private != MAP_FAILED && shared != MAP_FAILED);
+    for (int i = 0; i < 16; i += 2) private[i * 4096] = 200 + i;
+    // The alarms are for this thread alone: they would end the sleep of another one.
+    sigset_t m; sigemptyset(&m); sigaddset(&m, SIGALRM); pthread_sigmask(SIG_BLOCK, &m, 0);
+    pthread_t a, b; check(pthread_create(&a, 0, sleeper, 0) == 0 && pthread_create(&b, 0, waiter, 0) == 0);
+    struct sigaction sa = { 0 }; sa.sa_handler = on_alarm; sa.sa_flags = SA_RESTART; sigaction(SIGALRM, &sa, 0);
+    struct itimerval it = { { 0, 3000 }, { 0, 3000 } }; setitimer(ITIMER_REAL, &it, 0);
+    pthread_sigmask(SIG_UNBLOCK, &m, 0);
+    ready();
+    for (uint64_t n = 0;; n++) {
+        check(write(n % 2 ? log : twin, &n, 8) == 8);
+        check(lseek(log, 0, SEEK_CUR) == (off_t)(8 * (n + 1)));
+        uint64_t got; check(pread(check_log, &got, 8, 8 * n) == 8 && got == n);
+        check(write(append, &n, 8) == 8);
+        for (int i = 0; i < 16; i++) check(private[i * 4096] == (i % 2 ? 7 : 200 + i));
+        uint64_t old = shared[n % 8192]; (void)old; shared[n % 8192] = n;
+        check(pread(data, &got, 8, 65536 + 8 * (n % 8192)) == 8 && got == n);
+        int fd = many[n % 600]; check(fcntl(fd, F_GETFD) == ((n % 600) % 2 ? FD_CLOEXEC : 0));
+        unsigned char c; check(pread(fd, &c, 1, 4096) == 1 && c == 7);
+        struct stat here, named; check(stat(".", &here) == 0 && stat(directory, &named) == 0 && here.st_ino == named.st_ino);
+        beat[0] = n + 1;
+        beat[3] = alarms;
+    }
+}
+"#;
+
+fn budget() -> Deadline {
+    Deadline::after(Duration::from_secs(5))
+}
+
+struct ToFile(std::fs::File);
+
+impl StepLog for ToFile {
+    fn step(&mut self, step: &Step) -> std::io::Result<()> {
+        if let Step::Borrow(residue) = step {
+            writeln!(self.0, "{}", serde_json::to_string(residue).unwrap())?;
+        }
+        Ok(())
+    }
+}
+
+fn switch<'c>(volume: &Volume, census: &'c Census, side: Side) -> Switch<'c> {
+    use rustix::fs::OFlags;
+    let mut switch = Switch::new(census);
+    for description in census.descriptions() {
+        switch.description(description.id, volume.stand_in(description, side));
+    }
+    for file in census.mapped_files() {
+        let access = if file.is_writable { OFlags::RDWR } else { OFlags::RDONLY };
+        switch.mapped_file(file.id, volume.open(&volume.relative(&file.facts), access, side));
+    }
+    for fs in census.fs_structs() {
+        if let Some(cwd) = &fs.cwd {
+            switch.working_directory(fs.id, volume.open(&volume.relative(&cwd.facts), OFlags::PATH | OFlags::DIRECTORY, side));
+        }
+    }
+    switch
+}
+
+/// Moves everything of a process to and fro until it is killed. Not a test: the body of the process that is killed.
+#[test]
+fn mover() {
+    let Ok(pid) = std::env::var("HOBBLE_MOVER_PID") else { return };
+    let directory = std::env::var("HOBBLE_MOVER_DIRECTORY").unwrap();
+    let log = std::env::var("HOBBLE_MOVER_LOG").unwrap();
+    let id = ProcessId::of(Pid::new(pid.parse().unwrap()).unwrap()).unwrap();
+    let volume = Volume::at(Path::new(&directory));
+    let log = std::fs::File::options().append(true).create(true).open(log).unwrap();
+    let mut log = ToFile(log);
+    for round in 0.. {
+        let side = if round % 2 == 0 { Side::Clone } else { Side::Native };
+        // Which descriptors and mappings there are does not change; positions do, and are looked at while the target stands still.
+        let mut census = volume.census(&[id]);
+        println!("mover moves");
+        let result = Tracer::scope(|tracer| -> Result<(), hobble_graft::stop::StopError> {
+            let mut stopped = tracer.stop_all(&[id], budget())?;
+            volume.rescan(&mut census, &[id]);
+            let switch = switch(&volume, &census, side);
+            let result: Result<_, SwitchFailed> = switch.apply(&mut stopped, budget(), &mut log, &mut NoHandover);
+            let released = stopped.release();
+            result.unwrap_or_else(|error| panic!("round {round}: {error:?} {released:?}"));
+            Ok(())
+        });
+        result.unwrap();
+        println!("round {round}");
+    }
+}
+
+#[test]
+fn the_mover_is_killed_at_random_instants() {
+    let directory = tempfile::tempdir().unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("data"), vec![7; 131_072]).unwrap();
+    let beat_path = elsewhere.path().join("beat");
+    std::fs::write(&beat_path, vec![0; 4096]).unwrap();
+    let log = elsewhere.path().join("log");
+    let target = Target::c_with("ledger", LEDGER, &[directory.path().as_os_str(), beat_path.as_os_str()]);
+    let beats = || -> Vec<u64> {
+        std::fs::read(&beat_path).unwrap().chunks_exact(8).take(5).map(|w| u64::from_le_bytes(w.try_into().unwrap())).collect()
+    };
+    let descriptors = target.descriptors();
+    let seed = std::env::var("HOBBLE_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(|| u64::from(std::process::id()));
+    eprintln!("HOBBLE_TEST_SEED={seed}");
+    let mut random = seed | 1;
+    let mut next = move || {
+        // xorshift64
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random
+    };
+    let (mut rounds_seen, mut cleaned, mut longest) = (0, 0, Duration::ZERO);
+    for kill in 0..ROUNDS {
+        let mut mover = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "mover", "--nocapture"])
+            .env("HOBBLE_MOVER_PID", target.pid().to_string())
+            .env("HOBBLE_MOVER_DIRECTORY", directory.path())
+            .env("HOBBLE_MOVER_LOG", &log)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(mover.stdout.take().unwrap()).lines().map_while(Result::ok);
+        for _ in 0..=next() % 3 {
+            assert!(lines.any(|line| line.contains("mover moves")), "the mover did not start");
+        }
+        std::thread::sleep(Duration::from_micros(next() % 25_000));
+        mover.kill().unwrap();
+        let killed = Instant::now();
+        let status = mover.wait().unwrap();
+        let seen = lines.filter(|line| line.starts_with("round")).count();
+        assert!(!status.success() && std::os::unix::process::ExitStatusExt::signal(&status) == Some(9), "kill {kill}: {status}");
+        rounds_seen += seen;
+        let before = beats();
+        target.until("all threads go on", |_| beats().iter().zip(&before).take(3).all(|(now, then)| now > then));
+        longest = longest.max(killed.elapsed());
+        assert!(target.is_running(), "kill {kill}: state {}", target.state());
+        let records = std::fs::read_to_string(&log).unwrap_or_default();
+        if let Some(line) = records.lines().last() {
+            let residue: Residue = serde_json::from_str(line).unwrap();
+            let maps = std::fs::read_to_string(format!("/proc/{}/maps", target.pid())).unwrap();
+            let scratch = format!("{:x}-", residue.scratch_address);
+            assert!(!maps.lines().any(|l| l.starts_with(&scratch)), "kill {kill}: the scratch mapping is left: {maps}");
+            let found = remote::clean(&residue, budget()).unwrap();
+            cleaned += usize::from(found == remote::Cleaned::Code);
+            assert_eq!(remote::clean(&residue, budget()).unwrap(), remote::Cleaned::Nothing);
+        }
+    }
+    eprintln!("{ROUNDS} kills, {rounds_seen} whole moves in between, code left behind {cleaned} times, longest way back {longest:?}, EINTR of epoll_wait {} times", beats()[4]);
+    assert!(beats()[4] < ROUNDS as u64 / 20, "EINTR is to be a rare accident of a killed mover");
+    assert!(cleaned > 0, "no kill hit a borrowed thread");
+    // Every record was written once, in order.
+    let written = beats()[0];
+    for name in ["log", "append"] {
+        let bytes = std::fs::read(directory.path().join(name)).unwrap();
+        let records: Vec<u64> = bytes.chunks_exact(8).map(|w| u64::from_le_bytes(w.try_into().unwrap())).collect();
+        assert!(records.len() as u64 >= written);
+        assert!(records.iter().enumerate().all(|(i, n)| i as u64 == *n), "{name} is out of order");
+    }
+    assert_eq!(target.descriptors(), descriptors);
+}
