@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 
 use rustix::io::Errno;
 
-use super::facts::Identity;
+use super::facts::{Identity, Stamp};
 use super::slots::State;
 use super::{
     Access, Description, DescriptionId, DescriptionLock, FileFacts, OpenFlags, Owner, Place,
@@ -36,7 +36,7 @@ struct Before {
 #[derive(Debug)]
 struct Entry {
     description: Description,
-    link: Vec<u8>,
+    stamp: Stamp,
     before: Option<Before>,
 }
 
@@ -67,9 +67,9 @@ impl Descriptions {
         self.entries.get(&id).map(|entry| &entry.description)
     }
 
-    /// The link in `/proc` that a description was last seen with.
-    pub(super) fn link(&self, id: DescriptionId) -> Option<&[u8]> {
-        self.entries.get(&id).map(|entry| entry.link.as_slice())
+    /// What the file of a description looked like when it was last named.
+    pub(super) fn stamp(&self, id: DescriptionId) -> Option<Stamp> {
+        self.entries.get(&id).map(|entry| entry.stamp)
     }
 
     /// Starts a scan: places and locks are collected afresh.
@@ -88,7 +88,7 @@ impl Descriptions {
     pub(super) fn insert(
         &mut self,
         facts: FileFacts,
-        link: Vec<u8>,
+        stamp: Stamp,
         kept: OwnedFd,
         flags: OpenFlags,
     ) -> Result<DescriptionId, Errno> {
@@ -141,7 +141,7 @@ impl Descriptions {
             id,
             Entry {
                 description,
-                link,
+                stamp,
                 before: Some(before),
             },
         );
@@ -154,16 +154,16 @@ impl Descriptions {
         id: DescriptionId,
         place: Place,
         state: State,
-        renamed: Option<(Vec<u8>, FileFacts)>,
+        renamed: Option<(Stamp, FileFacts)>,
     ) {
         let Some(entry) = self.entries.get_mut(&id) else {
             return;
         };
         let description = &mut entry.description;
         let mut is_changed = false;
-        if let Some((link, facts)) = renamed {
+        if let Some((stamp, facts)) = renamed {
             is_changed |= facts != description.facts;
-            entry.link = link;
+            entry.stamp = stamp;
             description.facts = facts;
         }
         let now: (OpenFlags, i64, Option<Owner>, i32) =

@@ -40,6 +40,17 @@ pub(super) struct Attributes {
     pub(super) identity: Identity,
     pub(super) links: u32,
     pub(super) kind: FileKind,
+    pub(super) stamp: Stamp,
+}
+
+/// What changes when a file gains, loses or changes a name: its link count, or the time of its last change of status, which every
+/// local filesystem sets in `rename` too. From kernel 6.13 on a change after a look always gives another time; before it, one
+/// within the same tick (at most 10 ms) as a change before the look does not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stamp {
+    links: u32,
+    seconds: i64,
+    nanoseconds: u32,
 }
 
 impl From<Statx> for Attributes {
@@ -62,10 +73,17 @@ impl From<Statx> for Attributes {
             },
             inode: stat.stx_ino,
         };
+        let changed = stat.stx_ctime;
+        let stamp = Stamp {
+            links: stat.stx_nlink,
+            seconds: changed.tv_sec,
+            nanoseconds: changed.tv_nsec,
+        };
         Self {
             identity,
             links: stat.stx_nlink,
             kind,
+            stamp,
         }
     }
 }
@@ -73,7 +91,8 @@ impl From<Statx> for Attributes {
 const WANTED: StatxFlags = StatxFlags::TYPE
     .union(StatxFlags::NLINK)
     .union(StatxFlags::INO)
-    .union(StatxFlags::MNT_ID);
+    .union(StatxFlags::MNT_ID)
+    .union(StatxFlags::CTIME);
 
 /// The attributes of what a link in `/proc` leads to.
 pub(super) fn through_link(directory: BorrowedFd<'_>, name: &CStr) -> Result<Attributes, Errno> {

@@ -552,8 +552,8 @@ impl Census {
     /// that this is fast enough to be done while the target stands still. After an error the census must not be used but for
     /// dropping it: it may be half old and half new.
     ///
-    /// Not noticed: a rename of a directory above a file whose own name stays, unless the link in `/proc` shows it; other hard
-    /// links of a file that come or go; a change of `madvise` or `mlock` flags alone, in processes with more than 512 MiB of
+    /// Not noticed: a rename of a directory above a file, or of the file itself on a filesystem that does not set its change time
+    /// then; a change of `madvise` or `mlock` flags alone, in processes with more than 512 MiB of
     /// resident memory.
     ///
     /// # Errors

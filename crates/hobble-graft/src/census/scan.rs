@@ -269,10 +269,10 @@ fn look_and_merge(
             .map(|fd| {
                 let known = match before.get(fd) {
                     Some(Slot::Description(id)) => {
-                        match (census.descriptions.get(*id), census.descriptions.link(*id)) {
-                            (Some(d), Some(link)) => Known::Description {
+                        match (census.descriptions.get(*id), census.descriptions.stamp(*id)) {
+                            (Some(d), Some(stamp)) => Known::Description {
                                 kept: d.kept.as_fd(),
-                                link,
+                                stamp,
                             },
                             _ => Known::Nothing,
                         }
@@ -347,7 +347,7 @@ fn merge(
         }),
         (
             Found::Description {
-                link,
+                stamp,
                 facts,
                 kept,
                 state,
@@ -361,7 +361,7 @@ fn merge(
             };
             let id = census
                 .descriptions
-                .insert(facts, link, kept, state.flags)
+                .insert(facts, stamp, kept, state.flags)
                 .map_err(|errno| CensusError::compare(Pid::own(), errno))?;
             census.descriptions.seen(id, place, state, None);
             Some(Slot::Description(id))

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 
-use super::facts::{self, Identity};
+use super::facts::{self, Identity, Stamp};
 use super::{CensusError, FileFacts, FileKind, Member, OpenFlags, Owner, Volume, groups};
 use crate::ids::{Device, Fd};
 use crate::proc::fdinfo::{self, FdInfo};
@@ -34,11 +34,8 @@ const LOOKS: usize = 16;
 pub(super) enum Known<'a> {
     /// Nothing is known.
     Nothing,
-    /// A description of which we hold a descriptor, and the link it had.
-    Description {
-        kept: BorrowedFd<'a>,
-        link: &'a [u8],
-    },
+    /// A description of which we hold a descriptor, and what its file looked like.
+    Description { kept: BorrowedFd<'a>, stamp: Stamp },
     /// Something outside the volume.
     Other {
         link: &'a [u8],
@@ -52,7 +49,7 @@ pub(super) enum Found {
     /// Nothing.
     Empty,
     /// The same as before. For a description: its state now, and its facts when its name has changed.
-    Same(Option<State>, Option<(Vec<u8>, FileFacts)>),
+    Same(Option<State>, Option<(Stamp, FileFacts)>),
     /// Something outside the volume, or not to be moved.
     Other {
         link: Vec<u8>,
@@ -62,7 +59,7 @@ pub(super) enum Found {
     },
     /// A description of the volume.
     Description {
-        link: Vec<u8>,
+        stamp: Stamp,
         facts: FileFacts,
         kept: OwnedFd,
         state: State,
@@ -266,9 +263,9 @@ impl Looker<'_, '_> {
     fn look_once(&mut self, fd: Fd, name: &CStr, known: Known<'_>) -> Result<Found, Miss> {
         match known {
             Known::Nothing => {}
-            Known::Description { kept, link } => {
+            Known::Description { kept, stamp } => {
                 if self.is_same(fd, kept)? {
-                    return self.same(fd, name, kept, link);
+                    return self.same(fd, name, kept, stamp);
                 }
             }
             Known::Other { link, identity } => {
@@ -310,17 +307,17 @@ impl Looker<'_, '_> {
         fd: Fd,
         name: &CStr,
         kept: BorrowedFd<'_>,
-        before: &[u8],
+        before: Stamp,
     ) -> Result<Found, Miss> {
         let state = self.state(fd, name, kept)?;
-        self.read_link(fd, name)?;
+        let attributes = facts::of_descriptor(kept).map_err(|e| self.miss(fd, e))?;
         let mut renamed = None;
-        if self.link != before {
-            let attributes = facts::of_descriptor(kept).map_err(|e| self.miss(fd, e))?;
+        if attributes.stamp != before {
+            self.read_link(fd, name)?;
             let is_path_only = state.flags.is_path_only();
             let facts =
                 facts::assemble(self.table.member.pid, &self.link, attributes, is_path_only);
-            renamed = Some((self.link.clone(), facts));
+            renamed = Some((attributes.stamp, facts));
         }
         Ok(Found::Same(Some(state), renamed))
     }
@@ -374,7 +371,7 @@ impl Looker<'_, '_> {
             return Err(Miss::Again);
         }
         Ok(Found::Description {
-            link,
+            stamp: attributes.stamp,
             facts,
             kept,
             state,
