@@ -202,6 +202,37 @@ fn hobbles_own_directories_on_the_volume() -> Result<()> {
 }
 
 #[test]
+fn hobbles_own_working_directory_on_the_volume() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        let pid = case.target.pid().to_string();
+        let mut inject = hobble.command(["inject"]);
+        inject
+            .args(case.with(&pid, &EIO))
+            .current_dir(volume.path());
+        case.refused_command(inject, 1, &["directory"])?;
+        case.finish()
+    })
+}
+
+#[test]
+fn a_kernel_that_is_too_old() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        let pid = case.target.pid().to_string();
+        // personality(2), UNAME26: the kernel calls itself 2.6 for this process.
+        let mut old = Command::new("setarch");
+        old.arg("--uname-2.6")
+            .arg(hobble.binary())
+            .arg("inject")
+            .args(case.with(&pid, &EIO));
+        old.env("HOBBLE_STATE_DIR", hobble.state_dir());
+        case.refused_command(old, 1, &["2.6"])?;
+        case.finish()
+    })
+}
+
+#[test]
 fn no_root_and_a_missing_capability() -> Result<()> {
     scene(Kind::Ext4, |hobble, volume| {
         let case = Refusal::new(hobble, volume)?;

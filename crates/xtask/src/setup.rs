@@ -31,6 +31,7 @@ const COMMANDS: &[(&str, &str)] = &[
     ("mount", "mount"),
     ("losetup", "mount"),
     ("setpriv", "util-linux"),
+    ("setarch", "util-linux"),
     ("unshare", "util-linux"),
     ("ip", "iproute2"),
 ];

@@ -164,6 +164,8 @@ fn tests(filter: Option<&str>, closing: &mut String) -> Result<()> {
             "--test-threads=1",
         ]);
     }
+    // Errors name their causes: the stack of whoever made the error value adds pages and nothing else.
+    run.env("RUST_LIB_BACKTRACE", "0");
     run.env("HOBBLE_TOOLS", tools::directory())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
