@@ -41,7 +41,8 @@ impl Scratch {
             );
         }
         let directory = tempfile::Builder::new()
-            .prefix("hobble-test-")
+            // Short: names of unix sockets, of which suites make some here, end at 108 bytes (unix(7)).
+            .prefix("hob-")
             .tempdir_in(&base)
             .with_context(|| format!("cannot make a directory in {}", base.display()))?;
         let path =

@@ -84,7 +84,7 @@ impl<'n> Volume<'n> {
     /// When a tool is missing or the kernel lacks the filesystem.
     pub fn sized(namespace: &'n Namespace, kind: Kind, bytes: u64) -> Result<Volume<'n>> {
         let scratch = Scratch::new()?;
-        let root = scratch.directory("volume")?;
+        let root = scratch.directory("v")?;
         let mut volume = Volume {
             scratch,
             root: root.clone(),

@@ -86,7 +86,7 @@ struct Sample {
 }
 
 fn pause(options: &Pause) -> Result<()> {
-    let binary = tools::build_hobble(true)?;
+    let binary = tools::hobble(true)?;
     let namespace = Namespace::enter()?;
     let mut rows = Vec::new();
     if !options.json {

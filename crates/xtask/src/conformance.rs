@@ -120,8 +120,7 @@ const VARIANTS: &[Variant] = &[
 type Results = BTreeMap<String, String>;
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let binary = tools::build_hobble(false)?;
-    compare(options, &binary)
+    compare(options, &tools::hobble(false)?)
 }
 
 pub(crate) fn compare(options: &Options, binary: &Path) -> Result<()> {
@@ -146,7 +145,7 @@ pub(crate) fn compare(options: &Options, binary: &Path) -> Result<()> {
     );
     for (number, variant) in VARIANTS.iter().enumerate() {
         let start = Instant::now();
-        let at = volume.directory(&format!("variant-{number}"))?;
+        let at = volume.directory(&number.to_string())?;
         let mut results = suites.pjdfstest(variant, &at, second.path())?;
         for seed in &options.seeds {
             results.insert(
@@ -240,7 +239,7 @@ impl Suites {
     }
 
     fn pjdfstest(&self, variant: &Variant, at: &Path, second: &Path) -> Result<Results> {
-        let work = at.join("pjdfstest");
+        let work = at.join("p");
         fs::create_dir(&work).context("cannot make a directory")?;
         let mut run = self.command(variant, at, &self.pjdfstest);
         run.arg("-c")

@@ -49,6 +49,17 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
+/// The binary under test: `$HOBBLE_BIN`, or built.
+///
+/// # Errors
+/// When it does not build.
+pub(crate) fn hobble(release: bool) -> Result<PathBuf> {
+    match std::env::var_os("HOBBLE_BIN") {
+        Some(given) => std::fs::canonicalize(&given).context("HOBBLE_BIN names no file"),
+        None => build_hobble(release),
+    }
+}
+
 /// Builds `hobble` with the demo and returns its path.
 ///
 /// # Errors
