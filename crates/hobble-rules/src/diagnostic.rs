@@ -92,8 +92,12 @@ impl Diagnostic {
 
 impl Diagnostic {
     /// The field without the place of its rule, when that is the `--fault` string that the position names anyway.
-    fn shown_field(&self) -> &str {
-        let in_rule = self.field.strip_prefix("rules[").and_then(|rest| rest.split_once(']'));
+    #[must_use]
+    pub fn shown_field(&self) -> &str {
+        let in_rule = self
+            .field
+            .strip_prefix("rules[")
+            .and_then(|rest| rest.split_once(']'));
         match (self.position.map(|position| position.source), in_rule) {
             (Some(Source::Fault(_)), Some((_, field))) => field.strip_prefix('.').unwrap_or(field),
             _ => &self.field,
@@ -136,7 +140,11 @@ pub(crate) fn join(prefix: &str, field: &str) -> String {
 pub(crate) fn quote(text: &str) -> String {
     const LONGEST: usize = 60;
     let shown: String = text.chars().take(LONGEST).flat_map(plain).collect();
-    let more = if text.chars().nth(LONGEST).is_some() { "…" } else { "" };
+    let more = if text.chars().nth(LONGEST).is_some() {
+        "…"
+    } else {
+        ""
+    };
     format!("`{shown}{more}`")
 }
 

@@ -154,7 +154,11 @@ impl Rule {
     /// Whether it fires on every operation of its kinds.
     pub(crate) fn is_unconditional(&self) -> bool {
         let everywhere = self.path.is_empty() || self.path.iter().any(PathPattern::is_everything);
-        everywhere && self.exclude.is_empty() && self.who.is_anyone() && self.range.is_none() && self.when == Trigger::ALWAYS
+        everywhere
+            && self.exclude.is_empty()
+            && self.who.is_anyone()
+            && self.range.is_none()
+            && self.when == Trigger::ALWAYS
     }
 }
 

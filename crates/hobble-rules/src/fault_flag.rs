@@ -28,11 +28,19 @@ enum Shape {
 }
 
 const fn word(name: &'static str, path: &'static [&'static str]) -> Key {
-    Key { name, path, shape: Shape::Word }
+    Key {
+        name,
+        path,
+        shape: Shape::Word,
+    }
 }
 
 const fn list(name: &'static str, path: &'static [&'static str]) -> Key {
-    Key { name, path, shape: Shape::List }
+    Key {
+        name,
+        path,
+        shape: Shape::List,
+    }
 }
 
 /// Every key, the faults first. `latency` and `corrupt` stand for the field that their scalar form abbreviates.
@@ -42,7 +50,11 @@ const KEYS: [Key; 51] = [
     word("distribution", &["fault", "latency", "distribution"]),
     word("min", &["fault", "latency", "min"]),
     word("max", &["fault", "latency", "max"]),
-    Key { name: "errno", path: &["fault", "errno"], shape: Shape::Weights },
+    Key {
+        name: "errno",
+        path: &["fault", "errno"],
+        shape: Shape::Weights,
+    },
     word("corrupt", &["fault", "corrupt", "fill"]),
     word("occurrences", &["fault", "corrupt", "occurrences"]),
     word("length", &["fault", "corrupt", "length"]),
@@ -66,7 +78,11 @@ const KEYS: [Key; 51] = [
     list("pid", &["who", "pid"]),
     list("comm", &["who", "comm"]),
     list("uid", &["who", "uid"]),
-    Key { name: "range", path: &["range"], shape: Shape::Range },
+    Key {
+        name: "range",
+        path: &["range"],
+        shape: Shape::Range,
+    },
     word("percent", &["when", "percent"]),
     word("after", &["when", "after"]),
     word("every", &["when", "every"]),
@@ -78,7 +94,10 @@ const KEYS: [Key; 51] = [
     // The long forms of the same.
     word("latency.mean", &["fault", "latency", "mean"]),
     word("latency.jitter", &["fault", "latency", "jitter"]),
-    word("latency.distribution", &["fault", "latency", "distribution"]),
+    word(
+        "latency.distribution",
+        &["fault", "latency", "distribution"],
+    ),
     word("latency.min", &["fault", "latency", "min"]),
     word("latency.max", &["fault", "latency", "max"]),
     word("corrupt.fill", &["fault", "corrupt", "fill"]),
@@ -112,21 +131,43 @@ pub fn parse_all<S: AsRef<str>>(texts: &[S]) -> Result<Document, Vec<Diagnostic>
             Err(diagnostics) => found.extend(diagnostics),
         }
     }
-    if found.is_empty() { Ok(Document::with_rules(rules)) } else { Err(found) }
+    if found.is_empty() {
+        Ok(Document::with_rules(rules))
+    } else {
+        Err(found)
+    }
 }
 
-fn parse_numbered(text: &str, number: u32) -> Result<RuleSpec, Vec<Diagnostic>> {
+/// Reads the `--fault` string of this number.
+pub(crate) fn parse_numbered(text: &str, number: u32) -> Result<RuleSpec, Vec<Diagnostic>> {
     let at = |column: usize| {
-        Some(Position { source: Source::Fault(number), line: 1, column: u32::try_from(column).unwrap_or(u32::MAX) })
+        Some(Position {
+            source: Source::Fault(number),
+            line: 1,
+            column: u32::try_from(column).unwrap_or(u32::MAX),
+        })
     };
     if text.len() > LARGEST {
-        return Err(vec![Diagnostic::error("", format!("a fault may have {LARGEST} bytes, this one has {}", text.len())).at(at(1))]);
+        return Err(vec![
+            Diagnostic::error(
+                "",
+                format!(
+                    "a fault may have {LARGEST} bytes, this one has {}",
+                    text.len()
+                ),
+            )
+            .at(at(1)),
+        ]);
     }
-    let words = split(text).map_err(|(column, cause)| vec![Diagnostic::error("", cause).at(at(column))])?;
+    let words =
+        split(text).map_err(|(column, cause)| vec![Diagnostic::error("", cause).at(at(column))])?;
     let mut found = Vec::new();
     let mut tree = Tree::default();
     for word in words {
-        let Some(equals) = word.iter().position(|letter| letter.c == '=' && !letter.quoted) else {
+        let Some(equals) = word
+            .iter()
+            .position(|letter| letter.c == '=' && !letter.quoted)
+        else {
             let shown: String = word.iter().map(|letter| letter.c).collect();
             let column = word.first().map_or(1, |letter| letter.column);
             let cause = format!("{} is not of the form key=value", quote(&shown));
@@ -137,12 +178,17 @@ fn parse_numbered(text: &str, number: u32) -> Result<RuleSpec, Vec<Diagnostic>> 
         let name: String = name.iter().map(|letter| letter.c).collect();
         let column = word.first().map_or(1, |letter| letter.column);
         let (sign, value) = value.split_at(value.len().min(1));
-        let start = value.first().or(sign.first()).map_or(column, |letter| letter.column);
+        let start = value
+            .first()
+            .or(sign.first())
+            .map_or(column, |letter| letter.column);
         let Some(key) = KEYS.iter().find(|key| key.name == name) else {
             let near = nearest(&name, KEYS.iter().map(|key| key.name));
             let unknown = Diagnostic::error("", format!("unknown key {}", quote(&name)));
             let unknown = match near {
-                _ if crate::fault::NOT_IN_THIS_VERSION.contains(&name.as_str()) => unknown.hint("not available in this version"),
+                _ if crate::fault::NOT_IN_THIS_VERSION.contains(&name.as_str()) => {
+                    unknown.hint("not available in this version")
+                }
                 _ if name == "attr" => unknown.hint("name the attribute, as in `attr.perm=0`"),
                 _ if name == "stop" => unknown.hint("write `then=stop`"),
                 Some(near) => unknown.hint(format!("did you mean `{near}`?")),
@@ -152,7 +198,10 @@ fn parse_numbered(text: &str, number: u32) -> Result<RuleSpec, Vec<Diagnostic>> 
             continue;
         };
         let node = match key.shape {
-            Shape::Word => Node::new(Value::Word(value.iter().map(|letter| letter.c).collect()), at(start)),
+            Shape::Word => Node::new(
+                Value::Word(value.iter().map(|letter| letter.c).collect()),
+                at(start),
+            ),
             Shape::List => list_node(value, start, at),
             Shape::Weights => weights_node(value, start, at),
             Shape::Range => match range_node(value, at(start)) {
@@ -164,15 +213,21 @@ fn parse_numbered(text: &str, number: u32) -> Result<RuleSpec, Vec<Diagnostic>> 
             },
         };
         if !tree.insert(key.path, at(column), node) {
-            found.push(Diagnostic::error("", format!("{} is there twice", quote(&name))).at(at(column)));
+            found.push(
+                Diagnostic::error("", format!("{} is there twice", quote(&name))).at(at(column)),
+            );
         }
     }
     if !found.is_empty() {
         return Err(found);
     }
-    let fields = |diagnostic: Diagnostic| Diagnostic { field: short_field(&diagnostic.field), ..diagnostic };
+    let fields = |diagnostic: Diagnostic| Diagnostic {
+        field: short_field(&diagnostic.field),
+        ..diagnostic
+    };
     // A rule of its own place, so that no field is taken for one of a document; the place is not shown.
-    read_rule(&tree.into_node(at(1)), PREFIX).map_err(|diagnostics| diagnostics.into_iter().map(fields).collect())
+    read_rule(&tree.into_node(at(1)), PREFIX)
+        .map_err(|diagnostics| diagnostics.into_iter().map(fields).collect())
 }
 
 const PREFIX: &str = "rule";
@@ -200,17 +255,34 @@ fn split(text: &str) -> Result<Vec<Vec<Letter>>, (usize, String)> {
         match quote {
             Some((open, _)) if c == open => quote = None,
             // Inside double quotes a backslash keeps a double quote or a backslash.
-            Some(('"', _)) if c == '\\' && letters.peek().is_some_and(|(_, next)| matches!(next, '"' | '\\')) => {
-                word.extend(letters.next().map(|(_, c)| Letter { c, column, quoted: true }));
+            Some(('"', _))
+                if c == '\\'
+                    && letters
+                        .peek()
+                        .is_some_and(|(_, next)| matches!(next, '"' | '\\')) =>
+            {
+                word.extend(letters.next().map(|(_, c)| Letter {
+                    c,
+                    column,
+                    quoted: true,
+                }));
             }
-            Some(_) => word.push(Letter { c, column, quoted: true }),
+            Some(_) => word.push(Letter {
+                c,
+                column,
+                quoted: true,
+            }),
             None if c == '"' || c == '\'' => quote = Some((c, column)),
             None if c.is_whitespace() => {
                 if !word.is_empty() {
                     words.push(std::mem::take(&mut word));
                 }
             }
-            None => word.push(Letter { c, column, quoted: false }),
+            None => word.push(Letter {
+                c,
+                column,
+                quoted: false,
+            }),
         }
     }
     if let Some((open, column)) = quote {
@@ -240,16 +312,26 @@ fn parts(value: &[Letter]) -> Vec<&[Letter]> {
 fn list_node(value: &[Letter], start: usize, at: impl Fn(usize) -> Option<Position>) -> Node {
     let item = |part: &[Letter]| {
         let position = at(part.first().map_or(start, |letter| letter.column));
-        Node::new(Value::Word(part.iter().map(|letter| letter.c).collect()), position)
+        Node::new(
+            Value::Word(part.iter().map(|letter| letter.c).collect()),
+            position,
+        )
     };
     let parts = parts(value);
     match parts.as_slice() {
         [one] => item(one),
-        many => Node::new(Value::List(many.iter().map(|part| item(part)).collect()), at(start)),
+        many => Node::new(
+            Value::List(many.iter().map(|part| item(part)).collect()),
+            at(start),
+        ),
     }
 }
 
-fn weights_node(value: &[Letter], start: usize, at: impl Fn(usize) -> Option<Position> + Copy) -> Node {
+fn weights_node(
+    value: &[Letter],
+    start: usize,
+    at: impl Fn(usize) -> Option<Position> + Copy,
+) -> Node {
     if !value.iter().any(|letter| letter.c == ':') {
         return list_node(value, start, at);
     }
@@ -262,9 +344,15 @@ fn weights_node(value: &[Letter], start: usize, at: impl Fn(usize) -> Option<Pos
             position,
             node: Node::new(Value::Word(value.to_owned()), position),
         };
-        Node::new(Value::Map(vec![field("errno", key), field("weight", weight)]), position)
+        Node::new(
+            Value::Map(vec![field("errno", key), field("weight", weight)]),
+            position,
+        )
     };
-    Node::new(Value::List(parts(value).into_iter().map(entry).collect()), at(start))
+    Node::new(
+        Value::List(parts(value).into_iter().map(entry).collect()),
+        at(start),
+    )
 }
 
 fn range_node(value: &[Letter], position: Option<Position>) -> Result<Node, Diagnostic> {
@@ -277,12 +365,19 @@ fn range_node(value: &[Letter], position: Option<Position>) -> Result<Node, Diag
         })
     };
     let entries: Vec<Entry> = if let Some((start, end)) = text.split_once("..") {
-        [field("start", start), field("end", end)].into_iter().flatten().collect()
+        [field("start", start), field("end", end)]
+            .into_iter()
+            .flatten()
+            .collect()
     } else if let Some((start, length)) = text.split_once('+') {
-        [field("start", start), field("length", length)].into_iter().flatten().collect()
+        [field("start", start), field("length", length)]
+            .into_iter()
+            .flatten()
+            .collect()
     } else {
         let cause = format!("{} is not a range", quote(&text));
-        return Err(Diagnostic::error("range", cause).hint("write 1MiB+64KiB (start+length) or 1MiB..2MiB (start..end)"));
+        return Err(Diagnostic::error("range", cause)
+            .hint("write 1MiB+64KiB (start+length) or 1MiB..2MiB (start..end)"));
     };
     Ok(Node::new(Value::Map(entries), position))
 }
@@ -299,9 +394,16 @@ impl Tree {
 
     fn into_node(mut self, position: Option<Position>) -> Node {
         // Alone, `latency=…` and `corrupt=…` are the scalar form.
-        if let Some(Value::Map(faults)) = self.0.iter_mut().find(|entry| entry.key == "fault").map(|entry| &mut entry.node.value) {
+        if let Some(Value::Map(faults)) = self
+            .0
+            .iter_mut()
+            .find(|entry| entry.key == "fault")
+            .map(|entry| &mut entry.node.value)
+        {
             for (fault, field) in [("latency", "mean"), ("corrupt", "fill")] {
-                let Some(entry) = faults.iter_mut().find(|entry| entry.key == fault) else { continue };
+                let Some(entry) = faults.iter_mut().find(|entry| entry.key == fault) else {
+                    continue;
+                };
                 if let Value::Map(fields) = &mut entry.node.value
                     && let [only] = fields.as_slice()
                     && only.key == field
@@ -315,19 +417,33 @@ impl Tree {
 }
 
 fn insert(entries: &mut Vec<Entry>, path: &[&str], position: Option<Position>, node: Node) -> bool {
-    let Some((key, rest)) = path.split_first() else { return false };
+    let Some((key, rest)) = path.split_first() else {
+        return false;
+    };
     let place = entries.iter().position(|entry| entry.key == *key);
     if rest.is_empty() {
         if place.is_some() {
             return false;
         }
-        entries.push(Entry { key: (*key).to_owned(), position, node });
+        entries.push(Entry {
+            key: (*key).to_owned(),
+            position,
+            node,
+        });
         return true;
     }
     if place.is_none() {
-        entries.push(Entry { key: (*key).to_owned(), position, node: Node::new(Value::Map(Vec::new()), position) });
+        entries.push(Entry {
+            key: (*key).to_owned(),
+            position,
+            node: Node::new(Value::Map(Vec::new()), position),
+        });
     }
-    match entries.iter_mut().find(|entry| entry.key == *key).map(|entry| &mut entry.node.value) {
+    match entries
+        .iter_mut()
+        .find(|entry| entry.key == *key)
+        .map(|entry| &mut entry.node.value)
+    {
         Some(Value::Map(inner)) => insert(inner, rest, position, node),
         _ => false,
     }

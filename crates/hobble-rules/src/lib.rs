@@ -21,13 +21,13 @@ pub mod spec;
 mod units;
 
 pub use caller::{CallerFacts, Comm, KnownCaller};
-pub use check::{MOST_RULES, check, load};
+pub use check::{MOST_RULES, check, load, load_all};
 pub use counters::RuleCounters;
 pub use diagnostic::{Diagnostic, Position, Severity, Source};
 pub use errno::InjectedErrno;
 pub use experiment::{Experiment, Rule, RunFor, Scope, Target};
 pub use fault::attr::{AttrOverride, Attributes, FileKind, Timestamp};
 pub use fault::corrupt::{Corruption, Fill, Segment};
-pub use spec::{Document, RuleSpec, parse, schema};
 pub use op::{Op, OpSet};
 pub use plan::{Decision, FileId, OpContext, PathMatch, Plan, RuleIndex};
+pub use spec::{Document, RuleSpec, parse, schema};

@@ -72,8 +72,12 @@ impl PathPattern {
 
     /// Whether it plainly matches every path that `other` can match: it is the same, or `dir/**` and the other lies below `dir`.
     pub(crate) fn covers(&self, other: &Self) -> bool {
-        let dir = self.text.strip_suffix("**").filter(|dir| dir.ends_with('/') && !dir.contains(WILDCARDS));
-        self.text == other.text || dir.is_some_and(|dir| other.text.starts_with(dir) && other.text != *dir)
+        let dir = self
+            .text
+            .strip_suffix("**")
+            .filter(|dir| dir.ends_with('/') && !dir.contains(WILDCARDS));
+        self.text == other.text
+            || dir.is_some_and(|dir| other.text.starts_with(dir) && other.text != *dir)
     }
 
     /// Whether it matches everything in the volume.

@@ -35,17 +35,25 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     }
     let mut total = 0_u128;
     while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+        let digits = rest
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(rest.len());
         let (whole, tail) = rest.split_at(digits);
         let (fraction, tail) = match tail.strip_prefix('.') {
-            Some(tail) => tail.split_at(tail.find(|c: char| !c.is_ascii_digit()).unwrap_or(tail.len())),
+            Some(tail) => tail.split_at(
+                tail.find(|c: char| !c.is_ascii_digit())
+                    .unwrap_or(tail.len()),
+            ),
             None => ("", tail),
         };
         if whole.is_empty() && fraction.is_empty() {
             return Err("not a duration; write 20ms, 1.5s, 2m or 1h30m".into());
         }
         let tail = tail.trim_start();
-        let (unit, tail) = tail.split_at(tail.find(|c: char| !c.is_alphabetic()).unwrap_or(tail.len()));
+        let (unit, tail) = tail.split_at(
+            tail.find(|c: char| !c.is_alphabetic())
+                .unwrap_or(tail.len()),
+        );
         if unit.is_empty() {
             return Err("a duration needs a unit; write 20ms, 1.5s, 2m or 1h30m".into());
         }
@@ -53,15 +61,29 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
             return Err("unknown unit of time; there are ns, us, ms, s, m, h and d".into());
         };
         let too_long = || "a duration may be ten years at most".to_owned();
-        let whole: u128 = if whole.is_empty() { 0 } else { whole.parse().map_err(|_| too_long())? };
-        let part = fraction.bytes().take(18).fold((0_u128, 1_u128), |(value, scale), digit| (value * 10 + u128::from(digit - b'0'), scale * 10));
-        total = whole.checked_mul(nanos).and_then(|whole| total.checked_add(whole + part.0 * nanos / part.1)).ok_or_else(too_long)?;
+        let whole: u128 = if whole.is_empty() {
+            0
+        } else {
+            whole.parse().map_err(|_| too_long())?
+        };
+        let part = fraction
+            .bytes()
+            .take(18)
+            .fold((0_u128, 1_u128), |(value, scale), digit| {
+                (value * 10 + u128::from(digit - b'0'), scale * 10)
+            });
+        total = whole
+            .checked_mul(nanos)
+            .and_then(|whole| total.checked_add(whole + part.0 * nanos / part.1))
+            .ok_or_else(too_long)?;
         if total > LONGEST {
             return Err(too_long());
         }
         rest = tail.trim_start();
     }
-    u64::try_from(total).map(Duration::from_nanos).map_err(|_| "a duration may be ten years at most".into())
+    u64::try_from(total)
+        .map(Duration::from_nanos)
+        .map_err(|_| "a duration may be ten years at most".into())
 }
 
 /// A duration in the shortest exact form that [`parse_duration`] reads.
@@ -71,7 +93,11 @@ pub(crate) fn format_duration(duration: Duration) -> String {
         return "0s".into();
     }
     let mut text = String::new();
-    for (name, size) in DURATION_UNITS.into_iter().rev().filter(|(name, _)| name.is_ascii()) {
+    for (name, size) in DURATION_UNITS
+        .into_iter()
+        .rev()
+        .filter(|(name, _)| name.is_ascii())
+    {
         if nanos >= size {
             text.push_str(&format!("{}{name}", nanos / size));
             nanos %= size;
@@ -100,7 +126,10 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     if text.starts_with('-') {
         return Err("a size cannot be negative".into());
     }
-    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let (digits, unit) = text.split_at(
+        text.find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(text.len()),
+    );
     if digits.is_empty() {
         return Err("not a size; write 4096, 64KiB or 1MiB".into());
     }
@@ -111,7 +140,9 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
         None => return Err("unknown unit of size; there are B, KiB, MiB, GiB, TiB, PiB and the decimal kB, MB, GB, TB".into()),
     };
     let value: Option<u64> = digits.parse().ok();
-    value.and_then(|value| value.checked_mul(scale)).ok_or_else(|| "a size must fit in 64 bits".into())
+    value
+        .and_then(|value| value.checked_mul(scale))
+        .ok_or_else(|| "a size must fit in 64 bits".into())
 }
 
 /// A point in time as in RFC 3339, such as `2030-01-01T00:00:00Z`. The error is the cause.
@@ -122,11 +153,17 @@ pub(crate) fn parse_timestamp(text: &str) -> Result<Timestamp, String> {
 fn read_timestamp(text: &str) -> Option<Timestamp> {
     let number = |text: &str, low: i64, high: i64| {
         let plain = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-        plain.then(|| text.parse::<i64>().ok()).flatten().filter(|value| (low..=high).contains(value))
+        plain
+            .then(|| text.parse::<i64>().ok())
+            .flatten()
+            .filter(|value| (low..=high).contains(value))
     };
     let (date, rest) = text.split_once(['T', 't', ' '])?;
     let mut date = date.splitn(3, '-');
-    let year = date.next().filter(|year| year.len() == 4).and_then(|year| number(year, 0, 9999))?;
+    let year = date
+        .next()
+        .filter(|year| year.len() == 4)
+        .and_then(|year| number(year, 0, 9999))?;
     let month = number(date.next()?, 1, 12)?;
     let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
     let longest = match month {
@@ -148,14 +185,24 @@ fn read_timestamp(text: &str) -> Option<Timestamp> {
     };
     let (clock, fraction) = clock.split_once('.').unwrap_or((clock, "0"));
     let mut clock = clock.splitn(3, ':');
-    let seconds = number(clock.next()?, 0, 23)? * 3600 + number(clock.next()?, 0, 59)? * 60 + number(clock.next()?, 0, 59)?;
+    let seconds = number(clock.next()?, 0, 23)? * 3600
+        + number(clock.next()?, 0, 59)? * 60
+        + number(clock.next()?, 0, 59)?;
     number(fraction, 0, i64::MAX).filter(|_| fraction.len() <= 9)?;
     let nsec = format!("{fraction:0<9}").parse().ok()?;
 
     // Days since 1970-01-01 in the proleptic Gregorian calendar, with years that begin in March.
     let year = if month <= 2 { year - 1 } else { year };
-    let days = 365 * year + year.div_euclid(4) - year.div_euclid(100) + year.div_euclid(400) + (153 * ((month + 9) % 12) + 2) / 5 + day - 1 - 719_468;
-    Some(Timestamp { sec: days * 86_400 + seconds - offset, nsec })
+    let days = 365 * year + year.div_euclid(4) - year.div_euclid(100)
+        + year.div_euclid(400)
+        + (153 * ((month + 9) % 12) + 2) / 5
+        + day
+        - 1
+        - 719_468;
+    Some(Timestamp {
+        sec: days * 86_400 + seconds - offset,
+        nsec,
+    })
 }
 
 #[cfg(test)]
@@ -176,13 +223,29 @@ mod tests {
             ("0s", 0),
             ("2d", 172_800_000_000_000),
         ] {
-            assert_eq!(parse_duration(text), Ok(Duration::from_nanos(nanos)), "{text}");
+            assert_eq!(
+                parse_duration(text),
+                Ok(Duration::from_nanos(nanos)),
+                "{text}"
+            );
         }
     }
 
     #[test]
     fn what_is_not_a_duration_is_refused() {
-        for text in ["", "20", "-1s", "1x", "ms", "1s2", "99999999999999999999999999999999999999999d", "1e3s", "11y", "4000d", "."] {
+        for text in [
+            "",
+            "20",
+            "-1s",
+            "1x",
+            "ms",
+            "1s2",
+            "99999999999999999999999999999999999999999d",
+            "1e3s",
+            "11y",
+            "4000d",
+            ".",
+        ] {
             assert!(parse_duration(text).is_err(), "{text}");
         }
     }
@@ -202,7 +265,16 @@ mod tests {
         assert_eq!(parse_size("1 MiB"), Ok(1 << 20));
         assert_eq!(parse_size("4096"), Ok(4096));
         assert_eq!(parse_size("5kB"), Ok(5000));
-        for text in ["", "KiB", "-1", "1K", "1kib", "18446744073709551616", "99999999PiB", "1.5KiB"] {
+        for text in [
+            "",
+            "KiB",
+            "-1",
+            "1K",
+            "1kib",
+            "18446744073709551616",
+            "99999999PiB",
+            "1.5KiB",
+        ] {
             assert!(parse_size(text).is_err(), "{text}");
         }
     }
@@ -218,7 +290,14 @@ mod tests {
         ] {
             assert_eq!(parse_timestamp(text), Ok(Timestamp { sec, nsec }), "{text}");
         }
-        for text in ["", "2030-01-01", "2030-02-30T00:00:00Z", "2030-01-01T24:00:00Z", "2030-01-01T00:00:00", "soon"] {
+        for text in [
+            "",
+            "2030-01-01",
+            "2030-02-30T00:00:00Z",
+            "2030-01-01T24:00:00Z",
+            "2030-01-01T00:00:00",
+            "soon",
+        ] {
             assert!(parse_timestamp(text).is_err(), "{text}");
         }
     }

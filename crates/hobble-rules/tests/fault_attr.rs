@@ -1,4 +1,5 @@
 //! Fault kind `attr`.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)] // A test may.
 
 mod support;
 
@@ -21,7 +22,9 @@ const TRUTH: Attributes = Attributes {
 };
 
 fn seen(attr: &str) -> Attributes {
-    Ask::new(Op::Getattr).of(&plan(&format!("- fault: {{attr: {{{attr}}}}}"))).attributes(TRUTH)
+    Ask::new(Op::Getattr)
+        .of(&plan(&format!("- fault: {{attr: {{{attr}}}}}")))
+        .attributes(TRUTH)
 }
 
 #[test]
@@ -53,17 +56,43 @@ fn what_is_not_named_stays_true() {
 
 #[test]
 fn text_and_leading_zeros_are_octal_and_other_numbers_are_not() {
-    for (written, perm) in [("\"0644\"", 0o644), ("0600", 0o600), ("\"755\"", 0o755), ("\"0o711\"", 0o711), ("420", 0o644), ("0", 0)] {
+    for (written, perm) in [
+        ("\"0644\"", 0o644),
+        ("0600", 0o600),
+        ("\"755\"", 0o755),
+        ("\"0o711\"", 0o711),
+        ("420", 0o644),
+        ("0", 0),
+    ] {
         assert_eq!(seen(&format!("perm: {written}")).perm, perm, "{written}");
     }
     let found = warnings("- fault: {attr: {perm: 644}}").concat();
-    assert!(found.contains("644 is decimal, that is octal 1204 (write \"0644\" if octal was meant)"), "{found}");
+    assert!(
+        found.contains("644 is decimal, that is octal 1204 (write \"0644\" if octal was meant)"),
+        "{found}"
+    );
 }
 
 #[test]
 fn relative_changes_follow_the_truth_and_saturate() {
-    assert_eq!(seen("size: +1KiB, blocks: \"-2\", nlink: +1"), Attributes { size: 5120, blocks: 6, nlink: 2, ..TRUTH });
-    assert_eq!(seen("size: -1MiB, blocks: +18446744073709551615, nlink: +4294967295"), Attributes { size: 0, blocks: u64::MAX, nlink: u32::MAX, ..TRUTH });
+    assert_eq!(
+        seen("size: +1KiB, blocks: \"-2\", nlink: +1"),
+        Attributes {
+            size: 5120,
+            blocks: 6,
+            nlink: 2,
+            ..TRUTH
+        }
+    );
+    assert_eq!(
+        seen("size: -1MiB, blocks: +18446744073709551615, nlink: +4294967295"),
+        Attributes {
+            size: 0,
+            blocks: u64::MAX,
+            nlink: u32::MAX,
+            ..TRUTH
+        }
+    );
     assert_eq!(
         seen("atime: +1h, mtime: -201s, ctime: -3ns"),
         Attributes {
@@ -73,7 +102,13 @@ fn relative_changes_follow_the_truth_and_saturate() {
             ..TRUTH
         }
     );
-    assert_eq!(seen("ctime: -4ns").ctime, Timestamp { sec: 299, nsec: 999_999_999 });
+    assert_eq!(
+        seen("ctime: -4ns").ctime,
+        Timestamp {
+            sec: 299,
+            nsec: 999_999_999
+        }
+    );
 }
 
 #[test]
@@ -86,7 +121,15 @@ fn devices_are_encoded_as_the_kernel_does() {
 fn later_rules_see_what_earlier_ones_made() {
     let plan = flags(&["attr.size=100 attr.uid=1", "attr.size=+11 attr.gid=2"]);
     let attributes = Ask::new(Op::Lookup).of(&plan).attributes(TRUTH);
-    assert_eq!(attributes, Attributes { size: 111, uid: 1, gid: 2, ..TRUTH });
+    assert_eq!(
+        attributes,
+        Attributes {
+            size: 111,
+            uid: 1,
+            gid: 2,
+            ..TRUTH
+        }
+    );
 }
 
 #[test]

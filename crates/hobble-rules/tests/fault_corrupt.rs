@@ -1,4 +1,5 @@
 //! Fault kind `corrupt`.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)] // A test may.
 
 mod support;
 
@@ -8,7 +9,11 @@ use hobble_rules::{Corruption, Fill, Op, OpSet};
 use support::{Ask, flags, plan, plan_with, warnings};
 
 fn corruption(fault: &str) -> Corruption {
-    Ask::new(Op::Read).of(&plan(&format!("- {{op: read, fault: {{corrupt: {fault}}}}}"))).corrupt[0]
+    Ask::new(Op::Read)
+        .of(&plan(&format!(
+            "- {{op: read, fault: {{corrupt: {fault}}}}}"
+        )))
+        .corrupt[0]
 }
 
 #[test]
@@ -36,7 +41,11 @@ fn zero_overwrites_the_named_bytes_and_no_others() {
     let mut buffer = vec![0xaa_u8; 4096];
     let segments = corruption.apply(&mut buffer);
     assert_eq!(segments, corruption.segments(4096));
-    let named = |at: usize| segments.iter().any(|segment| (segment.offset..segment.offset + segment.len).contains(&at));
+    let named = |at: usize| {
+        segments
+            .iter()
+            .any(|segment| (segment.offset..segment.offset + segment.len).contains(&at))
+    };
     for (at, byte) in buffer.iter().enumerate() {
         assert_eq!(*byte, if named(at) { 0 } else { 0xaa }, "byte {at}");
     }
@@ -50,9 +59,20 @@ fn random_bytes_differ_and_can_be_repeated() {
     corruption.apply(&mut two);
     assert_eq!(one, two);
     let segment = segments[0];
-    let written: BTreeSet<u8> = one[segment.offset..segment.offset + segment.len].iter().copied().collect();
-    assert!(segment.len < 32 || written.len() > segment.len / 8, "{segment:?} {written:?}");
-    assert!(one[..segment.offset].iter().chain(&one[segment.offset + segment.len..]).all(|byte| *byte == 0));
+    let written: BTreeSet<u8> = one[segment.offset..segment.offset + segment.len]
+        .iter()
+        .copied()
+        .collect();
+    assert!(
+        segment.len < 32 || written.len() > segment.len / 8,
+        "{segment:?} {written:?}"
+    );
+    assert!(
+        one[..segment.offset]
+            .iter()
+            .chain(&one[segment.offset + segment.len..])
+            .all(|byte| *byte == 0)
+    );
 }
 
 #[test]
@@ -73,7 +93,9 @@ fn matches_differ_from_one_another_and_seeds_too() {
     let rules = "- {op: read, fault: {corrupt: {fill: zero, occurrences: 1, length: 1}}}";
     let places = |seed| {
         let plan = plan_with(rules, seed, None, std::time::Duration::ZERO);
-        (0..100).map(|_| Ask::new(Op::Read).of(&plan).corrupt[0].segments(1 << 20)[0].offset).collect::<Vec<_>>()
+        (0..100)
+            .map(|_| Ask::new(Op::Read).of(&plan).corrupt[0].segments(1 << 20)[0].offset)
+            .collect::<Vec<_>>()
     };
     assert_eq!(places(1), places(1));
     assert_ne!(places(1), places(2));
@@ -82,11 +104,17 @@ fn matches_differ_from_one_another_and_seeds_too() {
 
 #[test]
 fn corrupting_writes_is_called_destructive() {
-    let (_, experiment) = hobble_rules::load(&support::document("- fault: {corrupt: zero}")).unwrap();
+    let (_, experiment) =
+        hobble_rules::load(&support::document("- fault: {corrupt: zero}")).unwrap();
     assert!(experiment.is_destructive() && experiment.rules()[0].is_destructive());
     assert_eq!(experiment.rules()[0].ops(), OpSet::WITH_DATA);
-    assert!(warnings("- fault: {corrupt: zero}").concat().contains("destructive"));
-    let (_, reads) = hobble_rules::load(&support::document("- {op: read, fault: {corrupt: zero}}")).unwrap();
+    assert!(
+        warnings("- fault: {corrupt: zero}")
+            .concat()
+            .contains("destructive")
+    );
+    let (_, reads) =
+        hobble_rules::load(&support::document("- {op: read, fault: {corrupt: zero}}")).unwrap();
     assert!(!reads.is_destructive());
     assert!(reads.warnings().is_empty());
 }

@@ -1,4 +1,5 @@
 //! Fault kind `errno`.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)] // A test may.
 
 mod support;
 
@@ -9,7 +10,14 @@ use support::{Ask, errors, flags, lines, plan};
 
 #[test]
 fn one_errno_by_name_number_or_lower_case() {
-    for written in ["EIO", "5", "eio", "[EIO]", "{EIO: 1}", "[{errno: 5, weight: 2}]"] {
+    for written in [
+        "EIO",
+        "5",
+        "eio",
+        "[EIO]",
+        "{EIO: 1}",
+        "[{errno: 5, weight: 2}]",
+    ] {
         let plan = plan(&format!("- fault: {{errno: {written}}}"));
         let decision = Ask::new(Op::Write).of(&plan);
         assert_eq!(decision.errno, InjectedErrno::named("EIO"), "{written}");
@@ -21,15 +29,23 @@ fn one_errno_by_name_number_or_lower_case() {
 #[test]
 fn weights_are_kept_within_three_standard_deviations() {
     const OPS: u32 = 40_000;
-    for plan in [plan("- fault: {errno: {EIO: 3, ENOSPC: 1}}"), flags(&["errno=EIO:3,ENOSPC:1"])] {
+    for plan in [
+        plan("- fault: {errno: {EIO: 3, ENOSPC: 1}}"),
+        flags(&["errno=EIO:3,ENOSPC:1"]),
+    ] {
         let mut counts = BTreeMap::new();
         for _ in 0..OPS {
-            *counts.entry(Ask::new(Op::Write).of(&plan).errno.unwrap().to_string()).or_insert(0_u32) += 1;
+            *counts
+                .entry(Ask::new(Op::Write).of(&plan).errno.unwrap().to_string())
+                .or_insert(0_u32) += 1;
         }
         assert_eq!(counts.len(), 2);
         let expected = f64::from(OPS) * 0.75;
         let deviation = (f64::from(OPS) * 0.75 * 0.25).sqrt();
-        assert!((f64::from(counts["EIO"]) - expected).abs() < 3.0 * deviation, "{counts:?}");
+        assert!(
+            (f64::from(counts["EIO"]) - expected).abs() < 3.0 * deviation,
+            "{counts:?}"
+        );
     }
 }
 
@@ -38,10 +54,15 @@ fn a_list_is_evenly_weighted() {
     let plan = plan("- fault: {errno: [EIO, ENOSPC, EDQUOT, EROFS]}");
     let mut counts = BTreeMap::new();
     for _ in 0..8_000 {
-        *counts.entry(Ask::new(Op::Write).of(&plan).errno.unwrap()).or_insert(0) += 1;
+        *counts
+            .entry(Ask::new(Op::Write).of(&plan).errno.unwrap())
+            .or_insert(0) += 1;
     }
     assert_eq!(counts.len(), 4);
-    assert!(counts.values().all(|count| (1_880..2_120).contains(count)), "{counts:?}");
+    assert!(
+        counts.values().all(|count| (1_880..2_120).contains(count)),
+        "{counts:?}"
+    );
 }
 
 #[test]
@@ -50,17 +71,32 @@ fn the_first_errno_ends_the_operation() {
         "- {when: {every: 2}, fault: {errno: EIO}}\n- {fault: {latency: 1s}}\n- {fault: {errno: ENOSPC}}",
     );
     let first = Ask::new(Op::Write).of(&plan);
-    assert_eq!((first.errno.unwrap().name(), first.delay.as_secs()), (Some("ENOSPC"), 1));
+    assert_eq!(
+        (first.errno.unwrap().name(), first.delay.as_secs()),
+        (Some("ENOSPC"), 1)
+    );
     let second = Ask::new(Op::Write).of(&plan);
-    assert_eq!((second.errno.unwrap().name(), second.delay.as_secs()), (Some("EIO"), 0));
+    assert_eq!(
+        (second.errno.unwrap().name(), second.delay.as_secs()),
+        (Some("EIO"), 0)
+    );
     let counters = plan.counters();
-    assert_eq!(counters.iter().map(|rule| (rule.evaluated, rule.matched, rule.injected)).collect::<Vec<_>>(), [(2, 2, 1), (1, 1, 1), (1, 1, 1)]);
+    assert_eq!(
+        counters
+            .iter()
+            .map(|rule| (rule.evaluated, rule.matched, rule.injected))
+            .collect::<Vec<_>>(),
+        [(2, 2, 1), (1, 1, 1), (1, 1, 1)]
+    );
 }
 
 #[test]
 fn slow_then_failed_compose_in_one_rule() {
     let decision = Ask::new(Op::Read).of(&plan("- fault: {latency: 30s, errno: EIO}"));
-    assert_eq!((decision.delay.as_secs(), decision.errno.unwrap().name()), (30, Some("EIO")));
+    assert_eq!(
+        (decision.delay.as_secs(), decision.errno.unwrap().name()),
+        (30, Some("EIO"))
+    );
 }
 
 #[test]

@@ -1,4 +1,5 @@
 //! Fault kind `latency`.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)] // A test may.
 
 mod support;
 
@@ -10,8 +11,9 @@ use support::{Ask, flags, plan};
 /// Delays of the first `count` matches, in milliseconds, sorted.
 fn delays(fault: &str, count: u32) -> Vec<f64> {
     let plan = plan(&format!("- fault: {{latency: {fault}}}"));
-    let mut delays: Vec<f64> =
-        (0..count).map(|_| Ask::new(Op::Read).of(&plan).delay.as_secs_f64() * 1000.0).collect();
+    let mut delays: Vec<f64> = (0..count)
+        .map(|_| Ask::new(Op::Read).of(&plan).delay.as_secs_f64() * 1000.0)
+        .collect();
     delays.sort_by(f64::total_cmp);
     delays
 }
@@ -20,12 +22,19 @@ fn mean_and_deviation(values: &[f64]) -> (f64, f64) {
     #[allow(clippy::cast_precision_loss)]
     let count = values.len() as f64;
     let mean = values.iter().sum::<f64>() / count;
-    let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / count;
+    let variance = values
+        .iter()
+        .map(|value| (value - mean).powi(2))
+        .sum::<f64>()
+        / count;
     (mean, variance.sqrt())
 }
 
 fn assert_near(what: &str, value: f64, expected: f64, tolerance: f64) {
-    assert!((value - expected).abs() <= tolerance, "{what}: {value}, expected {expected} ± {tolerance}");
+    assert!(
+        (value - expected).abs() <= tolerance,
+        "{what}: {value}, expected {expected} ± {tolerance}"
+    );
 }
 
 #[test]
@@ -41,7 +50,11 @@ fn a_jitter_alone_is_uniform() {
     assert_near("mean", mean, 20.0, 0.1);
     assert_near("deviation", deviation, 5.0 / 3.0_f64.sqrt(), 0.1);
     assert!(delays[0] >= 15.0 && delays[0] < 15.1, "{}", delays[0]);
-    assert!(delays[19_999] <= 25.0 && delays[19_999] > 24.9, "{}", delays[19_999]);
+    assert!(
+        delays[19_999] <= 25.0 && delays[19_999] > 24.9,
+        "{}",
+        delays[19_999]
+    );
 }
 
 #[test]
@@ -77,12 +90,20 @@ fn pareto_has_its_mean_its_smallest_value_and_its_median() {
     let scale = 10.0 * (shape - 1.0) / shape;
     assert_near("mean", mean_and_deviation(&delays).0, 10.0, 0.15);
     assert_near("smallest", delays[0], scale, 0.01);
-    assert_near("median", delays[20_000], scale * 2.0_f64.powf(1.0 / shape), 0.1);
+    assert_near(
+        "median",
+        delays[20_000],
+        scale * 2.0_f64.powf(1.0 / shape),
+        0.1,
+    );
 }
 
 #[test]
 fn delays_are_clamped_and_never_negative() {
-    let delays = delays("{mean: 10ms, jitter: 20ms, distribution: normal, min: 5ms, max: 12ms}", 1_000);
+    let delays = delays(
+        "{mean: 10ms, jitter: 20ms, distribution: normal, min: 5ms, max: 12ms}",
+        1_000,
+    );
     assert!((delays[0] - 5.0).abs() < 1e-9 && (delays[999] - 12.0).abs() < 1e-9);
     let unclamped = self::delays("{mean: 1ms, jitter: 20ms, distribution: normal}", 1_000);
     assert_eq!(unclamped[0], 0.0);

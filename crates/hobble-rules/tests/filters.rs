@@ -1,4 +1,5 @@
 //! Filters: operations, paths, callers, ranges.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)] // A test may.
 
 mod support;
 
@@ -10,12 +11,20 @@ use support::{Ask, plan};
 
 fn path_matches(pattern: &str, path: &[u8]) -> bool {
     let quoted = pattern.replace('\'', "''");
-    hits(&plan(&format!("- {{path: '{quoted}', fault: {{errno: EIO}}}}")), path)
+    hits(
+        &plan(&format!("- {{path: '{quoted}', fault: {{errno: EIO}}}}")),
+        path,
+    )
 }
 
 /// Whether the first rule can match a path, relative to a volume at `/data`.
 fn hits(plan: &Plan, path: &[u8]) -> bool {
-    let absolute = [b"/data".as_slice(), if path.is_empty() { b"" } else { b"/" }, path].concat();
+    let absolute = [
+        b"/data".as_slice(),
+        if path.is_empty() { b"" } else { b"/" },
+        path,
+    ]
+    .concat();
     !plan.match_path(path, &absolute).ops().is_empty()
 }
 
@@ -61,7 +70,11 @@ fn globs_mean_what_the_manual_says() {
         ("Über", "x/Über", true),
         ("it's", "it's", true),
     ] {
-        assert_eq!(path_matches(pattern, path.as_bytes()), expected, "{pattern} {path}");
+        assert_eq!(
+            path_matches(pattern, path.as_bytes()),
+            expected,
+            "{pattern} {path}"
+        );
     }
 }
 
@@ -76,10 +89,15 @@ fn names_that_are_not_text_match_like_others() {
 
 #[test]
 fn excluded_paths_are_left_alone_and_order_does_not_matter() {
-    let plan = plan("- {path: ['base/**', '*.conf'], exclude: ['*.tmp', base/1/**], fault: {errno: EIO}}");
-    for (path, expected) in
-        [("base/2/3", true), ("base/1/3", false), ("base/2/x.tmp", false), ("postgresql.conf", true), ("other", false)]
-    {
+    let plan =
+        plan("- {path: ['base/**', '*.conf'], exclude: ['*.tmp', base/1/**], fault: {errno: EIO}}");
+    for (path, expected) in [
+        ("base/2/3", true),
+        ("base/1/3", false),
+        ("base/2/x.tmp", false),
+        ("postgresql.conf", true),
+        ("other", false),
+    ] {
         assert_eq!(hits(&plan, path.as_bytes()), expected, "{path}");
     }
     let all_but = support::plan("- {exclude: 'pg_wal/**', fault: {errno: EIO}}");
@@ -110,12 +128,21 @@ fn two_paths_match_on_either() {
 
 #[test]
 fn without_a_path_only_rules_without_a_path_match() {
-    let plan = plan("- {name: any, fault: {latency: 1s}}\n- {name: some, path: '**', fault: {latency: 2s}}");
+    let plan = plan(
+        "- {name: any, fault: {latency: 1s}}\n- {name: some, path: '**', fault: {latency: 2s}}",
+    );
     let caller = KnownCaller::default();
     let unknown = plan.match_unknown_path();
     for paths in [&[][..], &[&unknown][..]] {
-        let context =
-            OpContext { op: Op::Read, paths, caller: &caller, offset: None, len: None, now: Duration::ZERO, file: FileId(0) };
+        let context = OpContext {
+            op: Op::Read,
+            paths,
+            caller: &caller,
+            offset: None,
+            len: None,
+            now: Duration::ZERO,
+            file: FileId(0),
+        };
         assert_eq!(plan.decide(&context).delay, Duration::from_secs(1));
     }
 }
@@ -125,11 +152,21 @@ fn a_match_of_another_plan_leaves_the_fault_out() {
     let (one, two) = (plan("- fault: {errno: EIO}"), plan("- fault: {errno: EIO}"));
     let stale = one.match_path(b"x", b"/data/x");
     let caller = KnownCaller::default();
-    let context =
-        OpContext { op: Op::Read, paths: &[&stale], caller: &caller, offset: None, len: None, now: Duration::ZERO, file: FileId(0) };
+    let context = OpContext {
+        op: Op::Read,
+        paths: &[&stale],
+        caller: &caller,
+        offset: None,
+        len: None,
+        now: Duration::ZERO,
+        file: FileId(0),
+    };
     assert!(!one.decide(&context).is_pass());
     assert!(two.decide(&context).is_pass());
-    assert!(two.intercepts_data(&stale), "careful about the mode of an open");
+    assert!(
+        two.intercepts_data(&stale),
+        "careful about the mode of an open"
+    );
 }
 
 #[test]
@@ -155,8 +192,16 @@ fn callers_are_told_apart() {
 #[test]
 fn a_caller_of_whom_nothing_is_known_matches_no_condition() {
     let gone = |rules: &str| {
-        let caller = KnownCaller { uid: 0, pid: None, comm: None };
-        Ask { caller, ..Ask::new(Op::Read) }.fires(&plan(rules))
+        let caller = KnownCaller {
+            uid: 0,
+            pid: None,
+            comm: None,
+        };
+        Ask {
+            caller,
+            ..Ask::new(Op::Read)
+        }
+        .fires(&plan(rules))
     };
     assert!(!gone("- {who: {pid: 7}, fault: {errno: EIO}}"));
     assert!(!gone("- {who: {comm: '*'}, fault: {errno: EIO}}"));
@@ -181,10 +226,19 @@ fn a_name_of_a_thread_matches_too() {
         }
     }
     for (comm, expected) in [("java", true), ("GC Thread*", true), ("main", false)] {
-        let plan = plan(&format!("- {{who: {{comm: '{comm}'}}, fault: {{errno: EIO}}}}"));
+        let plan = plan(&format!(
+            "- {{who: {{comm: '{comm}'}}, fault: {{errno: EIO}}}}"
+        ));
         let path = plan.match_path(b"x", b"/x");
-        let context =
-            OpContext { op: Op::Read, paths: &[&path], caller: &Thread, offset: None, len: None, now: Duration::ZERO, file: FileId(0) };
+        let context = OpContext {
+            op: Op::Read,
+            paths: &[&path],
+            caller: &Thread,
+            offset: None,
+            len: None,
+            now: Duration::ZERO,
+            file: FileId(0),
+        };
         assert_eq!(!plan.decide(&context).is_pass(), expected, "{comm}");
     }
 }
@@ -203,13 +257,33 @@ fn ranges_match_what_touches_them() {
         (start, 0, false),
         (u64::MAX, u64::MAX, false),
     ] {
-        assert_eq!(Ask::new(Op::Read).range(offset, len).fires(&plan), expected, "{offset} {len}");
+        assert_eq!(
+            Ask::new(Op::Read).range(offset, len).fires(&plan),
+            expected,
+            "{offset} {len}"
+        );
     }
-    assert!(!Ask { range: None, ..Ask::new(Op::Fallocate) }.fires(&plan));
-    for (range, last) in [("{end: 10}", 9), ("{start: 5, end: 10}", 9), ("{start: 5}", u64::MAX - 1)] {
-        let plan = support::plan(&format!("- {{op: read, range: {range}, fault: {{errno: EIO}}}}"));
+    assert!(
+        !Ask {
+            range: None,
+            ..Ask::new(Op::Fallocate)
+        }
+        .fires(&plan)
+    );
+    for (range, last) in [
+        ("{end: 10}", 9),
+        ("{start: 5, end: 10}", 9),
+        ("{start: 5}", u64::MAX - 1),
+    ] {
+        let plan = support::plan(&format!(
+            "- {{op: read, range: {range}, fault: {{errno: EIO}}}}"
+        ));
         assert!(Ask::new(Op::Read).range(last, 1).fires(&plan), "{range}");
-        assert!(range.contains("end") != Ask::new(Op::Read).range(last + 1, 1).fires(&plan) || last == u64::MAX - 1, "{range}");
+        assert!(
+            range.contains("end") != Ask::new(Op::Read).range(last + 1, 1).fires(&plan)
+                || last == u64::MAX - 1,
+            "{range}"
+        );
     }
 }
 
@@ -217,16 +291,30 @@ fn ranges_match_what_touches_them() {
 fn words_for_operations_stand_for_the_right_ones() {
     let ops = |op: &str| plan(&format!("- {{op: {op}, fault: {{latency: 1s}}}}")).ops();
     assert_eq!(ops("data"), OpSet::DATA);
-    assert_eq!(ops("[sync, READ]"), OpSet::SYNC.union(OpSet::only(Op::Read)));
-    assert_eq!(ops("fsync"), [Op::Fsync, Op::Fdatasync].into_iter().collect());
+    assert_eq!(
+        ops("[sync, READ]"),
+        OpSet::SYNC.union(OpSet::only(Op::Read))
+    );
+    assert_eq!(
+        ops("fsync"),
+        [Op::Fsync, Op::Fdatasync].into_iter().collect()
+    );
     assert_eq!(ops("fdatasync"), OpSet::only(Op::Fdatasync));
-    assert_eq!(plan("- {method: Write, fault: {errno: EIO}}").ops(), OpSet::only(Op::Write));
-    assert_eq!(plan("- fault: {latency: 1s}").ops(), OpSet::ALL.difference(OpSet::NEVER_SENT));
+    assert_eq!(
+        plan("- {method: Write, fault: {errno: EIO}}").ops(),
+        OpSet::only(Op::Write)
+    );
+    assert_eq!(
+        plan("- fault: {latency: 1s}").ops(),
+        OpSet::ALL.difference(OpSet::NEVER_SENT)
+    );
 }
 
 #[test]
 fn data_is_intercepted_only_where_a_rule_may_want_it() {
-    let plan = plan("- {op: [read, fsync], path: 'base/**', fault: {errno: EIO}}\n- {op: fsync, fault: {latency: 1s}}");
+    let plan = plan(
+        "- {op: [read, fsync], path: 'base/**', fault: {errno: EIO}}\n- {op: fsync, fault: {latency: 1s}}",
+    );
     let at = |path: &str| plan.match_path(path.as_bytes(), b"/");
     assert!(plan.intercepts_data(&at("base/1")));
     assert!(!plan.intercepts_data(&at("other")));
@@ -234,13 +322,18 @@ fn data_is_intercepted_only_where_a_rule_may_want_it() {
 
 #[test]
 fn more_than_sixty_four_rules_are_all_asked() {
-    let rules: String = (0..200).map(|n| format!("- {{path: 'd{n}/**', fault: {{latency: {}ms}}}}\n", n + 1)).collect();
+    let rules: String = (0..200)
+        .map(|n| format!("- {{path: 'd{n}/**', fault: {{latency: {}ms}}}}\n", n + 1))
+        .collect();
     let plan = plan(&rules);
     for n in [0, 1, 63, 64, 65, 127, 128, 199] {
         let decision = Ask::new(Op::Read).path(&format!("d{n}/x")).of(&plan);
         assert_eq!(decision.delay, Duration::from_millis(n + 1));
         assert_eq!(decision.fired.len(), 1);
-        assert_eq!(plan.rule_name(decision.fired[0]), Some(format!("latency-{}", n + 1).as_str()));
+        assert_eq!(
+            plan.rule_name(decision.fired[0]),
+            Some(format!("latency-{}", n + 1).as_str())
+        );
     }
     assert!(!Ask::new(Op::Read).path("other/x").fires(&plan));
     assert!(plan.counters().iter().all(|rule| rule.evaluated == 9));

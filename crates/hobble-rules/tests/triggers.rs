@@ -1,4 +1,5 @@
 //! Triggers: window, counts, percent, times, and what the counts are kept for.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)] // A test may.
 
 mod support;
 
@@ -11,7 +12,9 @@ use support::{Ask, plan, plan_with};
 /// Which of the first `count` matches fire, counted from 1.
 fn fired(when: &str, count: u64) -> Vec<u64> {
     let plan = plan(&format!("- {{when: {{{when}}}, fault: {{errno: EIO}}}}"));
-    (1..=count).filter(|_| Ask::new(Op::Read).fires(&plan)).collect()
+    (1..=count)
+        .filter(|_| Ask::new(Op::Read).fires(&plan))
+        .collect()
 }
 
 #[test]
@@ -32,7 +35,9 @@ fn times_counts_what_chance_let_through() {
 
 #[test]
 fn only_matches_count() {
-    let plan = plan("- {op: read, path: 'base/**', who: {uid: 1000}, range: {start: 0, length: 10}, when: {after: 1}, fault: {errno: EIO}}");
+    let plan = plan(
+        "- {op: read, path: 'base/**', who: {uid: 1000}, range: {start: 0, length: 10}, when: {after: 1}, fault: {errno: EIO}}",
+    );
     let ask = Ask::new(Op::Read);
     for other in [
         Ask::new(Op::Write),
@@ -40,23 +45,36 @@ fn only_matches_count() {
         ask.clone().uid(0),
         ask.clone().range(10, 5),
         ask.clone().range(0, 0),
-        Ask { range: None, ..ask.clone() },
+        Ask {
+            range: None,
+            ..ask.clone()
+        },
     ] {
         assert!(!other.fires(&plan));
     }
     assert!(!ask.fires(&plan));
     assert!(ask.fires(&plan));
     let counters = &plan.counters()[0];
-    assert_eq!((counters.evaluated, counters.matched, counters.injected), (7, 2, 1));
+    assert_eq!(
+        (counters.evaluated, counters.matched, counters.injected),
+        (7, 2, 1)
+    );
 }
 
 #[test]
 fn a_window_opens_and_closes_and_comes_before_the_counts() {
     let plan = plan("- {when: {from: 10s, for: 5s, after: 1}, fault: {errno: EIO}}");
-    let at = |millis| Ask::new(Op::Read).now(Duration::from_millis(millis)).fires(&plan);
+    let at = |millis| {
+        Ask::new(Op::Read)
+            .now(Duration::from_millis(millis))
+            .fires(&plan)
+    };
     assert!(!at(0));
     assert!(!at(9_999));
-    assert!(!at(10_000), "the first match in the window is skipped by `after`");
+    assert!(
+        !at(10_000),
+        "the first match in the window is skipped by `after`"
+    );
     assert!(at(10_001));
     assert!(at(14_999));
     assert!(!at(15_000));
@@ -68,16 +86,24 @@ fn a_window_opens_and_closes_and_comes_before_the_counts() {
 fn counts_per_file_and_per_process_are_apart() {
     let per_file = plan("- {when: {times: 1, per: file}, fault: {errno: EIO}}");
     let file = |file| Ask::new(Op::Read).file(file).fires(&per_file);
-    assert_eq!([file(1), file(1), file(2), file(2), file(1)], [true, false, true, false, false]);
+    assert_eq!(
+        [file(1), file(1), file(2), file(2), file(1)],
+        [true, false, true, false, false]
+    );
 
     let per_process = plan("- {when: {after: 1, per: process}, fault: {errno: EIO}}");
     let process = |pid| Ask::new(Op::Read).pid(pid).fires(&per_process);
-    assert_eq!([process(7), process(8), process(7), process(8)], [false, false, true, true]);
+    assert_eq!(
+        [process(7), process(8), process(7), process(8)],
+        [false, false, true, true]
+    );
 }
 
 #[test]
 fn an_update_keeps_counts_of_the_same_name_and_starts_windows_of_new_names() {
-    let old = plan("- {name: a, when: {after: 2}, fault: {errno: EIO}}\n- {name: gone, op: write, fault: {latency: 1s}}");
+    let old = plan(
+        "- {name: a, when: {after: 2}, fault: {errno: EIO}}\n- {name: gone, op: write, fault: {latency: 1s}}",
+    );
     assert!(!Ask::new(Op::Read).fires(&old));
     let now = Duration::from_secs(100);
     let rules = "- {name: new, op: write, when: {from: 10s}, fault: {errno: EIO}}\n- {name: a, when: {after: 2, from: 50s}, fault: {errno: EROFS}}";
@@ -85,14 +111,37 @@ fn an_update_keeps_counts_of_the_same_name_and_starts_windows_of_new_names() {
     assert!(new.generation() > old.generation());
 
     assert!(!Ask::new(Op::Read).now(now).fires(&new), "the second match");
-    assert!(Ask::new(Op::Read).fires(&old), "the third, in flight with the old plan, is the first past `after`");
-    assert!(Ask::new(Op::Read).now(now).fires(&new), "the fourth; the window of `a` counts from the first plan");
+    assert!(
+        Ask::new(Op::Read).fires(&old),
+        "the third, in flight with the old plan, is the first past `after`"
+    );
+    assert!(
+        Ask::new(Op::Read).now(now).fires(&new),
+        "the fourth; the window of `a` counts from the first plan"
+    );
 
     assert!(!Ask::new(Op::Mkdir).path("x").now(now).of(&new).is_pass());
-    let write = |after: u64| Ask::new(Op::Write).now(now + Duration::from_secs(after)).of(&new).errno.and_then(|errno| errno.name());
-    assert_eq!((write(9), write(10)), (Some("EROFS"), Some("EIO")), "the window of `new` counts from the update");
+    let write = |after: u64| {
+        Ask::new(Op::Write)
+            .now(now + Duration::from_secs(after))
+            .of(&new)
+            .errno
+            .and_then(|errno| errno.name())
+    };
+    assert_eq!(
+        (write(9), write(10)),
+        (Some("EROFS"), Some("EIO")),
+        "the window of `new` counts from the update"
+    );
     let counters = new.counters();
-    assert_eq!((counters[1].evaluated, counters[1].matched, counters[1].injected), (6, 6, 4));
+    assert_eq!(
+        (
+            counters[1].evaluated,
+            counters[1].matched,
+            counters[1].injected
+        ),
+        (6, 6, 4)
+    );
 }
 
 #[test]
@@ -100,13 +149,21 @@ fn percent_is_within_three_standard_deviations() {
     const OPS: u32 = 10_000;
     for percent in [0.1, 1.0, 12.5, 30.0, 99.5] {
         for seed in 0..5 {
-            let plan = plan_with(&format!("- {{when: {{percent: {percent}}}, fault: {{errno: EIO}}}}"), seed, None, Duration::ZERO);
+            let plan = plan_with(
+                &format!("- {{when: {{percent: {percent}}}, fault: {{errno: EIO}}}}"),
+                seed,
+                None,
+                Duration::ZERO,
+            );
             let share = percent / 100.0;
             let count = (0..OPS).filter(|_| Ask::new(Op::Read).fires(&plan)).count();
             let expected = f64::from(OPS) * share;
             let deviation = (expected * (1.0 - share)).sqrt();
             let off = (f64::from(u32::try_from(count).unwrap()) - expected).abs() / deviation;
-            assert!(off < 3.0, "percent {percent}, seed {seed}: {count}, {off} standard deviations off");
+            assert!(
+                off < 3.0,
+                "percent {percent}, seed {seed}: {count}, {off} standard deviations off"
+            );
         }
     }
 }

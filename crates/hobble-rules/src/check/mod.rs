@@ -13,9 +13,10 @@ use std::sync::Arc;
 
 use crate::diagnostic::{Diagnostic, MOST_DIAGNOSTICS, Severity, join, quote};
 use crate::experiment::{Experiment, Rule, RunFor, Scope, Target};
+use crate::fault_flag;
 use crate::nearest::nearest;
 use crate::pattern::{MOST_BYTES, PathIndex};
-use crate::spec::{self, Document, Positions, RuleSpec, VERSION};
+use crate::spec::{self, Document, Positions, Reading, RuleSpec, VERSION};
 use crate::units::parse_duration;
 
 /// Most rules of an experiment.
@@ -35,30 +36,83 @@ pub fn check(document: &Document) -> Result<Experiment, Vec<Diagnostic>> {
 /// # Errors
 /// Everything that is wrong with it, in the order of the text; none of them is a warning.
 pub fn load(text: &str) -> Result<(Document, Experiment), Vec<Diagnostic>> {
-    let reading = spec::read(text)?;
-    let rules: Vec<(usize, &RuleSpec)> = reading.places.iter().copied().zip(&reading.document.rules).collect();
-    let experiment = check_parts(&reading.document, &rules, reading.found)?;
-    Ok((reading.document, experiment))
+    load_all::<&str>(Some(text), &[])
+}
+
+/// Reads and checks what a command line gives: a specification, and rules from `--fault` strings that follow those of the specification.
+///
+/// # Errors
+/// Everything that is wrong with any of them; the positions say in which. None is a warning.
+pub fn load_all<S: AsRef<str>>(
+    text: Option<&str>,
+    faults: &[S],
+) -> Result<(Document, Experiment), Vec<Diagnostic>> {
+    let Reading {
+        mut document,
+        mut places,
+        written,
+        mut found,
+    } = match text {
+        Some(text) => spec::read(text)?,
+        None => Reading::default(),
+    };
+    for (index, fault) in faults.iter().enumerate() {
+        match fault_flag::parse_numbered(
+            fault.as_ref(),
+            u32::try_from(index + 1).unwrap_or(u32::MAX),
+        ) {
+            Ok(rule) => {
+                document.rules.push(rule);
+                places.push(written + index);
+            }
+            Err(diagnostics) => found.extend(diagnostics),
+        }
+    }
+    let rules: Vec<(usize, &RuleSpec)> = places.into_iter().zip(&document.rules).collect();
+    let experiment = check_parts(&document, &rules, found)?;
+    Ok((document, experiment))
 }
 
 /// Checks the rules of a document that could be read, with their places; `found` is what was wrong with the rest of it.
-fn check_parts(document: &Document, specs: &[(usize, &RuleSpec)], found: Vec<Diagnostic>) -> Result<Experiment, Vec<Diagnostic>> {
+fn check_parts(
+    document: &Document,
+    specs: &[(usize, &RuleSpec)],
+    found: Vec<Diagnostic>,
+) -> Result<Experiment, Vec<Diagnostic>> {
     let mut findings = Findings::new(found);
-    let mut checker = Checker { prefix: String::new(), positions: &document.positions, findings: &mut findings };
+    let mut checker = Checker {
+        prefix: String::new(),
+        positions: &document.positions,
+        findings: &mut findings,
+    };
     if document.version != VERSION {
         let cause = format!("version {} is not known here", document.version);
-        checker.error("version", cause).hint(format!("this is version {VERSION}"));
+        checker
+            .error("version", cause)
+            .hint(format!("this is version {VERSION}"));
     }
-    let volume = document.volume.as_deref().and_then(|volume| check_volume(&mut checker, volume));
+    let volume = document
+        .volume
+        .as_deref()
+        .and_then(|volume| check_volume(&mut checker, volume));
     let target = document.target.as_ref().map(|target| {
         checker.pid("target.pid", target.pid);
         Target { pid: target.pid }
     });
-    let duration = document.duration.as_deref().and_then(|text| check_run_for(&mut checker, text));
+    let duration = document
+        .duration
+        .as_deref()
+        .and_then(|text| check_run_for(&mut checker, text));
     let scopes = [("tree", Scope::Tree), ("namespace", Scope::Namespace)];
-    let scope = document.scope.as_deref().and_then(|word| checker.word("scope", "scope", word, &scopes));
+    let scope = document
+        .scope
+        .as_deref()
+        .and_then(|word| checker.word("scope", "scope", word, &scopes));
     if specs.len() > MOST_RULES {
-        checker.error("rules", format!("there may be {MOST_RULES} rules, here are {}", specs.len()));
+        checker.error(
+            "rules",
+            format!("there may be {MOST_RULES} rules, here are {}", specs.len()),
+        );
     }
 
     let mut checked: Vec<Checked<'_>> = Vec::new();
@@ -67,25 +121,49 @@ fn check_parts(document: &Document, specs: &[(usize, &RuleSpec)], found: Vec<Dia
             break;
         }
         let prefix = format!("rules[{place}]");
-        let mut checker = Checker { prefix, positions: &spec.positions, findings: &mut findings };
+        let mut checker = Checker {
+            prefix,
+            positions: &spec.positions,
+            findings: &mut findings,
+        };
         if let Some(rule) = rule::check(&mut checker, spec, *place) {
-            checked.push(Checked { rule, place: *place, spec });
+            checked.push(Checked {
+                rule,
+                place: *place,
+                spec,
+            });
         }
     }
     check_names(&checked, &mut findings);
     check_shadows(&checked, &mut findings);
 
     let rules: Vec<Rule> = checked.into_iter().map(|checked| checked.rule).collect();
-    let index = PathIndex::new(rules.iter().map(|rule| (rule.path.as_slice(), rule.exclude.as_slice())));
+    let index = PathIndex::new(
+        rules
+            .iter()
+            .map(|rule| (rule.path.as_slice(), rule.exclude.as_slice())),
+    );
     if let Err(error) = &index {
-        let cause = format!("the patterns of all rules together are too large: {}", error.kind());
+        let cause = format!(
+            "the patterns of all rules together are too large: {}",
+            error.kind()
+        );
         findings.add(Diagnostic::error("rules", cause).at(document.positions.find("rules")));
     }
     match index {
         Ok(index) if findings.errors.is_empty() => {
             let index = Arc::new(index);
             let warnings = findings.warnings;
-            Ok(Experiment { volume, target, duration, seed: document.seed, scope, rules, index, warnings })
+            Ok(Experiment {
+                volume,
+                target,
+                duration,
+                seed: document.seed,
+                scope,
+                rules,
+                index,
+                warnings,
+            })
         }
         _ => Err(findings.into_errors()),
     }
@@ -110,7 +188,12 @@ struct Findings {
 
 impl Findings {
     fn new(found: Vec<Diagnostic>) -> Self {
-        let mut findings = Self { errors: Vec::new(), warnings: Vec::new(), spare: None, pattern_bytes: 0 };
+        let mut findings = Self {
+            errors: Vec::new(),
+            warnings: Vec::new(),
+            spare: None,
+            pattern_bytes: 0,
+        };
         for diagnostic in found {
             findings.add(diagnostic);
         }
@@ -158,7 +241,9 @@ fn check_run_for(checker: &mut Checker<'_>, text: &str) -> Option<RunFor> {
     }
     let duration = checker.duration("duration", text)?;
     if duration.is_zero() {
-        checker.error("duration", "an experiment of no length hits nothing").hint("`forever` is until recovered by hand");
+        checker
+            .error("duration", "an experiment of no length hits nothing")
+            .hint("`forever` is until recovered by hand");
         return None;
     }
     Some(RunFor::Time(duration))
@@ -169,7 +254,10 @@ fn check_names(checked: &[Checked<'_>], findings: &mut Findings) {
     let mut first: HashMap<&str, usize> = HashMap::new();
     for Checked { rule, place, spec } in checked {
         if let Some(earlier) = first.insert(rule.name(), *place) {
-            let cause = format!("the name {} belongs to rules[{earlier}] already", quote(rule.name()));
+            let cause = format!(
+                "the name {} belongs to rules[{earlier}] already",
+                quote(rule.name())
+            );
             let position = spec.positions.find("name");
             findings.add(Diagnostic::error(format!("rules[{place}].name"), cause).at(position));
         }
@@ -182,12 +270,19 @@ fn check_shadows(checked: &[Checked<'_>], findings: &mut Findings) {
     for Checked { rule, place, spec } in checked {
         let hidden = walls.iter().find(|wall| wall.ops.is_superset(rule.ops));
         if let Some(wall) = hidden {
-            let cause = format!("can never fire: {} before it always fires and ends the list", quote(wall.name()));
+            let cause = format!(
+                "can never fire: {} before it always fires and ends the list",
+                quote(wall.name())
+            );
             let hint = match wall.stop {
                 true => "remove its `then: stop`, or put this rule first",
                 false => "its errno ends the operation; put this rule first",
             };
-            findings.add(Diagnostic::error(format!("rules[{place}]"), cause).hint(hint).at(spec.positions.find("")));
+            findings.add(
+                Diagnostic::error(format!("rules[{place}]"), cause)
+                    .hint(hint)
+                    .at(spec.positions.find("")),
+            );
         } else if rule.is_terminal() && rule.is_unconditional() {
             // Walls never contain one another's operations, so there are few.
             walls.retain(|wall| !rule.ops.is_superset(wall.ops));
@@ -224,7 +319,13 @@ impl Checker<'_> {
     fn add(&mut self, severity: Severity, field: &str, cause: String) -> Added<'_> {
         let position = self.positions.find(field);
         let field = join(&self.prefix, field);
-        self.findings.add(Diagnostic { severity, position, field, cause, hint: None })
+        self.findings.add(Diagnostic {
+            severity,
+            position,
+            field,
+            cause,
+            hint: None,
+        })
     }
 
     pub(crate) fn error(&mut self, field: &str, cause: impl Into<String>) -> Added<'_> {
@@ -236,11 +337,22 @@ impl Checker<'_> {
     }
 
     /// The meaning of a word among a few; `what` names what it should be one of.
-    pub(crate) fn word<T: Copy>(&mut self, field: &str, what: &str, word: &str, words: &[(&'static str, T)]) -> Option<T> {
+    pub(crate) fn word<T: Copy>(
+        &mut self,
+        field: &str,
+        what: &str,
+        word: &str,
+        words: &[(&'static str, T)],
+    ) -> Option<T> {
         if let Some((_, meaning)) = words.iter().find(|(name, _)| *name == word) {
             return Some(*meaning);
         }
-        self.unknown(field, what, word, &words.iter().map(|(name, _)| *name).collect::<Vec<_>>());
+        self.unknown(
+            field,
+            what,
+            word,
+            &words.iter().map(|(name, _)| *name).collect::<Vec<_>>(),
+        );
         None
     }
 
@@ -255,7 +367,8 @@ impl Checker<'_> {
             None if words.len() <= FEW => Some(format!("there are {}", words.join(", "))),
             None => None,
         };
-        self.error(field, format!("unknown {what} {}", quote(word))).maybe_hint(hint);
+        self.error(field, format!("unknown {what} {}", quote(word)))
+            .maybe_hint(hint);
     }
 
     pub(crate) fn duration(&mut self, field: &str, text: &str) -> Option<std::time::Duration> {
@@ -278,7 +391,10 @@ impl Checker<'_> {
         let before = self.findings.pattern_bytes;
         self.findings.pattern_bytes = before.saturating_add(bytes);
         if before <= MOST_BYTES && self.findings.pattern_bytes > MOST_BYTES {
-            self.error(field, format!("the patterns of all rules together may have {MOST_BYTES} bytes"));
+            self.error(
+                field,
+                format!("the patterns of all rules together may have {MOST_BYTES} bytes"),
+            );
         }
         self.findings.pattern_bytes <= MOST_BYTES
     }

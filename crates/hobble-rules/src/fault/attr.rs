@@ -273,13 +273,18 @@ pub(crate) fn check(checker: &mut Checker<'_>, spec: &AttrSpec) -> Option<AttrOv
         rdev: spec.rdev.as_ref().and_then(|rdev| device(checker, rdev)),
     };
     if *spec == AttrSpec::default() {
-        checker.error("fault.attr", "is empty").hint("one or more attributes, such as `perm: \"0000\"`");
+        checker
+            .error("fault.attr", "is empty")
+            .hint("one or more attributes, such as `perm: \"0000\"`");
         return None;
     }
     if checked.ino == Some(0) {
         checker.error("fault.attr.ino", "0 is not an inode number");
     }
-    if checked.nlink.is_some_and(|nlink| matches!(nlink, Amount::Set(links) if links > u64::from(u32::MAX))) {
+    if checked
+        .nlink
+        .is_some_and(|nlink| matches!(nlink, Amount::Set(links) if links > u64::from(u32::MAX)))
+    {
         checker.error("fault.attr.nlink", "must fit in 32 bits");
     }
     if checked.kind.is_some() {
@@ -287,7 +292,10 @@ pub(crate) fn check(checker: &mut Checker<'_>, spec: &AttrSpec) -> Option<AttrOv
         checker.warn("fault.attr.kind", cause);
     }
     if checked.size.is_some() {
-        checker.warn("fault.attr.size", "reads past the forged size find the end of the file; appends go to the true end");
+        checker.warn(
+            "fault.attr.size",
+            "reads past the forged size find the end of the file; appends go to the true end",
+        );
     }
     Some(checked)
 }
@@ -296,7 +304,8 @@ pub(crate) fn check(checker: &mut Checker<'_>, spec: &AttrSpec) -> Option<AttrOv
 fn amount(checker: &mut Checker<'_>, key: &str, spec: Option<&NumberOrText>) -> Option<Amount> {
     let field = format!("fault.attr.{key}");
     let spec = spec?;
-    let relative = |change: fn(u64) -> Amount, rest: &str| (change, NumberOrText::Text(rest.to_owned()));
+    let relative =
+        |change: fn(u64) -> Amount, rest: &str| (change, NumberOrText::Text(rest.to_owned()));
     let (change, size) = match spec {
         NumberOrText::Text(text) => match (text.strip_prefix('+'), text.strip_prefix('-')) {
             (Some(rest), _) => relative(Amount::Add, rest),
@@ -315,7 +324,10 @@ fn time(checker: &mut Checker<'_>, key: &str, spec: Option<&TimeSpec>) -> Option
             checker.error(&format!("{field}.nsec"), "must be below 1000000000");
             None
         }
-        TimeSpec::Parts(parts) => Some(TimeChange::Set(Timestamp { sec: parts.sec, nsec: parts.nsec })),
+        TimeSpec::Parts(parts) => Some(TimeChange::Set(Timestamp {
+            sec: parts.sec,
+            nsec: parts.nsec,
+        })),
         TimeSpec::Text(text) => match (text.strip_prefix('+'), text.strip_prefix('-')) {
             (Some(rest), _) => checker.duration(&field, rest).map(TimeChange::Later),
             (_, Some(rest)) => checker.duration(&field, rest).map(TimeChange::Earlier),
@@ -333,7 +345,12 @@ fn time(checker: &mut Checker<'_>, key: &str, spec: Option<&TimeSpec>) -> Option
 fn kind(checker: &mut Checker<'_>, word: &str) -> Option<FileKind> {
     let kind = FileKind::named(word);
     if kind.is_none() {
-        checker.unknown("fault.attr.kind", "file type", word, &FileKind::ALL.map(FileKind::name));
+        checker.unknown(
+            "fault.attr.kind",
+            "file type",
+            word,
+            &FileKind::ALL.map(FileKind::name),
+        );
     }
     kind
 }
@@ -344,7 +361,8 @@ fn mode(checker: &mut Checker<'_>, spec: &NumberOrText) -> Option<u16> {
     let bits = match spec {
         NumberOrText::Text(text) => {
             let digits = text.strip_prefix("0o").unwrap_or(text);
-            let octal = !digits.is_empty() && digits.bytes().all(|digit| matches!(digit, b'0'..=b'7'));
+            let octal =
+                !digits.is_empty() && digits.bytes().all(|digit| matches!(digit, b'0'..=b'7'));
             octal.then(|| u64::from_str_radix(digits, 8).ok()).flatten()
         }
         NumberOrText::Number(number) => Some(*number),
@@ -353,8 +371,16 @@ fn mode(checker: &mut Checker<'_>, spec: &NumberOrText) -> Option<u16> {
         NumberOrText::Text(text) => quote(text),
         NumberOrText::Number(number) => number.to_string(),
     };
-    let Some(perm) = bits.and_then(|bits| u16::try_from(bits).ok()).filter(|perm| *perm <= 0o7777) else {
-        checker.error(FIELD, format!("{shown} is not a mode: \"0000\" to \"7777\", octal")).hint("\"0644\", or the number 420");
+    let Some(perm) = bits
+        .and_then(|bits| u16::try_from(bits).ok())
+        .filter(|perm| *perm <= 0o7777)
+    else {
+        checker
+            .error(
+                FIELD,
+                format!("{shown} is not a mode: \"0000\" to \"7777\", octal"),
+            )
+            .hint("\"0644\", or the number 420");
         return None;
     };
     if let NumberOrText::Number(number) = spec
@@ -362,7 +388,9 @@ fn mode(checker: &mut Checker<'_>, spec: &NumberOrText) -> Option<u16> {
         && number.to_string().bytes().all(|digit| digit < b'8')
     {
         let cause = format!("{number} is decimal, that is octal {perm:04o}");
-        checker.warn(FIELD, cause).hint(format!("write \"0{number}\" if octal was meant"));
+        checker
+            .warn(FIELD, cause)
+            .hint(format!("write \"0{number}\" if octal was meant"));
     }
     Some(perm)
 }

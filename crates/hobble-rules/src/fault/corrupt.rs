@@ -145,7 +145,11 @@ pub(crate) fn check(checker: &mut Checker<'_>, spec: &CorruptSpec) -> Option<Cor
     let shape = match spec {
         CorruptSpec::Fill(word) => {
             let fill = checker.word("fault.corrupt", "filling", word, &words)?;
-            return Some(CorruptFault { fill, occurrences: 1, length: 1 });
+            return Some(CorruptFault {
+                fill,
+                occurrences: 1,
+                length: 1,
+            });
         }
         CorruptSpec::Full(shape) => shape,
     };
@@ -153,7 +157,10 @@ pub(crate) fn check(checker: &mut Checker<'_>, spec: &CorruptSpec) -> Option<Cor
     let occurrences = match u32::try_from(shape.occurrences.unwrap_or(1)) {
         Ok(occurrences) if (1..=MOST_OCCURRENCES).contains(&occurrences) => Some(occurrences),
         _ => {
-            checker.error("fault.corrupt.occurrences", format!("must be between 1 and {MOST_OCCURRENCES}"));
+            checker.error(
+                "fault.corrupt.occurrences",
+                format!("must be between 1 and {MOST_OCCURRENCES}"),
+            );
             None
         }
     };
@@ -165,5 +172,9 @@ pub(crate) fn check(checker: &mut Checker<'_>, spec: &CorruptSpec) -> Option<Cor
         checker.error("fault.corrupt.length", "segments of no bytes alter nothing");
         return None;
     }
-    Some(CorruptFault { fill: fill?, occurrences: occurrences?, length })
+    Some(CorruptFault {
+        fill: fill?,
+        occurrences: occurrences?,
+        length,
+    })
 }

@@ -62,7 +62,9 @@ pub(crate) fn check(checker: &mut Checker<'_>, spec: &ErrnoSpec) -> Option<Errno
                 let field = format!("{FIELD}[{index}]");
                 let (inner, name, weight) = match item {
                     ErrnoItem::Plain(name) => (field.clone(), name, 1),
-                    ErrnoItem::Weighted(item) => (format!("{field}.errno"), &item.errno, item.weight),
+                    ErrnoItem::Weighted(item) => {
+                        (format!("{field}.errno"), &item.errno, item.weight)
+                    }
                 };
                 weighted.push((field, checked(checker, &inner, name), weight));
             }
@@ -70,19 +72,25 @@ pub(crate) fn check(checker: &mut Checker<'_>, spec: &ErrnoSpec) -> Option<Errno
         ErrnoSpec::Weights(weights) => {
             for (name, weight) in weights {
                 let field = format!("{FIELD}.{name}");
-                let key = name.parse().map_or_else(|_| ErrnoName::Name(name.clone()), ErrnoName::Number);
+                let key = name
+                    .parse()
+                    .map_or_else(|_| ErrnoName::Name(name.clone()), ErrnoName::Number);
                 let errno = checked(checker, &field, &key);
                 weighted.push((field, errno, *weight));
             }
         }
     }
     if weighted.is_empty() {
-        checker.error(FIELD, "an empty list fails nothing").hint("write EIO, or another errno");
+        checker
+            .error(FIELD, "an empty list fails nothing")
+            .hint("write EIO, or another errno");
     }
     let mut choices = Vec::new();
     for (field, errno, weight) in weighted {
         if weight == 0 {
-            checker.error(&field, "has weight 0, so it is never chosen").hint("leave it out");
+            checker
+                .error(&field, "has weight 0, so it is never chosen")
+                .hint("leave it out");
         }
         choices.extend(errno.map(|errno| (errno, weight)));
     }
@@ -92,20 +100,33 @@ pub(crate) fn check(checker: &mut Checker<'_>, spec: &ErrnoSpec) -> Option<Errno
 fn checked(checker: &mut Checker<'_>, field: &str, name: &ErrnoName) -> Option<InjectedErrno> {
     match name {
         ErrnoName::Number(0) => {
-            checker.error(field, "0 is success, not an errno").hint("a rule that only counts has `percent: 0`");
+            checker
+                .error(field, "0 is success, not an errno")
+                .hint("a rule that only counts has `percent: 0`");
             None
         }
         ErrnoName::Number(number) => {
             let errno = u16::try_from(*number).ok().and_then(InjectedErrno::new);
             if errno.is_none() {
-                checker.error(field, format!("{number} is not an errno: they are 1 to {}", InjectedErrno::MAX));
+                checker.error(
+                    field,
+                    format!(
+                        "{number} is not an errno: they are 1 to {}",
+                        InjectedErrno::MAX
+                    ),
+                );
             }
             errno
         }
         ErrnoName::Name(name) => {
             let errno = InjectedErrno::named(name);
             if errno.is_none() {
-                checker.unknown(field, "errno", name, &crate::errno::names().collect::<Vec<_>>());
+                checker.unknown(
+                    field,
+                    "errno",
+                    name,
+                    &crate::errno::names().collect::<Vec<_>>(),
+                );
             }
             errno
         }

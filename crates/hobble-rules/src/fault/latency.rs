@@ -143,7 +143,10 @@ pub(crate) fn check(checker: &mut Checker<'_>, spec: &LatencySpec) -> Option<Lat
         LatencySpec::Fixed(text) => {
             let mean = checked_delay(checker, "fault.latency", text)?;
             if mean.is_zero() {
-                checker.warn("fault.latency", "a delay of nothing: the rule fires without effect");
+                checker.warn(
+                    "fault.latency",
+                    "a delay of nothing: the rule fires without effect",
+                );
             }
             return Some(LatencyFault::constant(mean));
         }
@@ -171,17 +174,25 @@ pub(crate) fn check(checker: &mut Checker<'_>, spec: &LatencySpec) -> Option<Lat
             return None;
         }
         None if distribution.takes_jitter() => {
-            checker.error("fault.latency.distribution", format!("`{name}` needs a `jitter`"));
+            checker.error(
+                "fault.latency.distribution",
+                format!("`{name}` needs a `jitter`"),
+            );
             return None;
         }
         Some(jitter) if jitter.is_zero() => {
-            checker.error("fault.latency.jitter", "is zero").hint("leave it out, or write `distribution: constant`");
+            checker
+                .error("fault.latency.jitter", "is zero")
+                .hint("leave it out, or write `distribution: constant`");
             return None;
         }
         _ => {}
     }
     if mean.is_zero() && !matches!(distribution, Distribution::Uniform | Distribution::Normal) {
-        checker.error("fault.latency.mean", format!("`{name}` needs a mean above zero"));
+        checker.error(
+            "fault.latency.mean",
+            format!("`{name}` needs a mean above zero"),
+        );
         return None;
     }
     let fault = LatencyFault {
@@ -201,7 +212,10 @@ pub(crate) fn check(checker: &mut Checker<'_>, spec: &LatencySpec) -> Option<Lat
 fn checked_delay(checker: &mut Checker<'_>, field: &str, text: &str) -> Option<Duration> {
     let delay = checker.duration(field, text)?;
     if delay > LONGEST {
-        checker.error(field, format!("a delay may be {} at most", format_duration(LONGEST)));
+        checker.error(
+            field,
+            format!("a delay may be {} at most", format_duration(LONGEST)),
+        );
         return None;
     }
     Some(delay)

@@ -7,41 +7,68 @@ use std::collections::BTreeMap;
 
 use super::node::{Entry, Node, Value};
 use super::{
-    AttrSpec, CorruptShape, CorruptSpec, Document, ErrnoItem, ErrnoName, ErrnoSpec, FaultSpec, LatencyShape, LatencySpec, NumberOrText,
-    OneOrMany, Positions, RangeSpec, Reading, RuleSpec, TargetSpec, TimeParts, TimeSpec, VERSION, WeightedErrno, WhenSpec, WhoSpec,
+    AttrSpec, CorruptShape, CorruptSpec, ErrnoItem, ErrnoName, ErrnoSpec, FaultSpec, LatencyShape,
+    LatencySpec, NumberOrText, OneOrMany, Positions, RangeSpec, Reading, RuleSpec, TargetSpec,
+    TimeParts, TimeSpec, VERSION, WeightedErrno, WhenSpec, WhoSpec,
 };
-use crate::diagnostic::{Diagnostic, MOST_DIAGNOSTICS, Position, quote};
+use crate::diagnostic::{Diagnostic, MOST_DIAGNOSTICS, Position, join, quote};
 use crate::fault::{FaultKind, NOT_IN_THIS_VERSION};
 use crate::nearest::nearest;
+
+/// The cause when a key is not there.
+const MISSING: &str = "is missing";
 
 /// Reads a whole document.
 pub(super) fn read_document(root: &Node) -> Reading {
     let mut reader = Reader::new("");
     reader.positions.insert("", root.position);
-    let mut document = Document { version: VERSION, ..Document::default() };
-    let mut places = Vec::new();
+    let mut reading = Reading::default();
+    let document = &mut reading.document;
     if let Some(mut map) = reader.map("", root) {
         match map.take("version") {
             Some(node) => document.version = reader.number("version", node).unwrap_or(VERSION),
-            None => reader.report(Diagnostic::error("version", "is missing").hint("write `version: 1`"), root.position),
+            None => reader.report(
+                Diagnostic::error("version", MISSING).hint("write `version: 1`"),
+                root.position,
+            ),
         }
-        document.volume = map.take("volume").and_then(|node| reader.text("volume", node));
-        document.target = map.take("target").and_then(|node| read_target(&mut reader, "target", node));
-        document.duration = map.take("duration").and_then(|node| reader.text("duration", node));
-        document.seed = map.take("seed").and_then(|node| reader.number("seed", node));
-        document.scope = map.take("scope").and_then(|node| reader.text("scope", node));
+        document.volume = map
+            .take("volume")
+            .and_then(|node| reader.text("volume", node));
+        document.target = map
+            .take("target")
+            .and_then(|node| read_target(&mut reader, "target", node));
+        document.duration = map
+            .take("duration")
+            .and_then(|node| reader.text("duration", node));
+        document.seed = map
+            .take("seed")
+            .and_then(|node| reader.number("seed", node));
+        document.scope = map
+            .take("scope")
+            .and_then(|node| reader.text("scope", node));
         let rules = map.take("rules");
         reader.finish("", map, |_| None);
-        (places, document.rules) = rules.map(|node| read_rules(&mut reader, node)).unwrap_or_default();
+        if let Some(node) = rules {
+            (reading.places, document.rules) = read_rules(&mut reader, node);
+            reading.written = if let Value::List(items) = &node.value {
+                items.len()
+            } else {
+                0
+            };
+        }
     }
     document.positions = reader.positions;
-    Reading { document, places, found: reader.diagnostics }
+    reading.found = reader.diagnostics;
+    reading
 }
 
 /// The rules that could be read, and before them their places.
 fn read_rules(reader: &mut Reader, node: &Node) -> (Vec<usize>, Vec<RuleSpec>) {
     let (mut places, mut rules) = (Vec::new(), Vec::new());
-    let Some(items) = reader.list("rules", node) else { return (places, rules) };
+    let Some(items) = reader.list("rules", node) else {
+        return (places, rules);
+    };
     for (index, item) in items.iter().enumerate() {
         if reader.is_full() {
             break;
@@ -51,7 +78,9 @@ fn read_rules(reader: &mut Reader, node: &Node) -> (Vec<usize>, Vec<RuleSpec>) {
                 places.push(index);
                 rules.push(rule);
             }
-            Err(diagnostics) => diagnostics.into_iter().for_each(|diagnostic| reader.push(diagnostic)),
+            Err(diagnostics) => diagnostics
+                .into_iter()
+                .for_each(|diagnostic| reader.push(diagnostic)),
         }
     }
     (places, rules)
@@ -67,21 +96,31 @@ pub(crate) fn read_rule(node: &Node, prefix: &str) -> Result<RuleSpec, Vec<Diagn
         rule.op = map.take("op").and_then(|node| reader.texts("op", node));
         if let Some(node) = map.take("method") {
             if rule.op.is_some() {
-                reader.report(Diagnostic::error("method", "is another word for `op`, which is there already"), node.position);
+                reader.report(
+                    Diagnostic::error("method", "is another word for `op`, which is there already"),
+                    node.position,
+                );
             } else {
                 rule.op = reader.texts("op", node);
             }
         }
         rule.path = map.take("path").and_then(|node| reader.texts("path", node));
-        rule.exclude = map.take("exclude").and_then(|node| reader.texts("exclude", node));
+        rule.exclude = map
+            .take("exclude")
+            .and_then(|node| reader.texts("exclude", node));
         rule.who = map.take("who").and_then(|node| read_who(&mut reader, node));
-        rule.range = map.take("range").and_then(|node| read_range(&mut reader, node));
-        rule.when = map.take("when").and_then(|node| read_when(&mut reader, node));
+        rule.range = map
+            .take("range")
+            .and_then(|node| read_range(&mut reader, node));
+        rule.when = map
+            .take("when")
+            .and_then(|node| read_when(&mut reader, node));
         match map.take("fault") {
             Some(node) => rule.fault = read_fault(&mut reader, node),
             None => {
                 let kinds = FaultKind::ALL.map(FaultKind::name).join(", ");
-                let missing = Diagnostic::error("fault", "is missing").hint(format!("one or more of {kinds}"));
+                let missing =
+                    Diagnostic::error("fault", MISSING).hint(format!("one or more of {kinds}"));
                 reader.report(missing, node.position);
             }
         }
@@ -114,9 +153,15 @@ fn read_target(reader: &mut Reader, field: &str, node: &Node) -> Option<TargetSp
 fn read_who(reader: &mut Reader, node: &Node) -> Option<WhoSpec> {
     let mut map = reader.map("who", node)?;
     let who = WhoSpec {
-        pid: map.take("pid").and_then(|node| reader.numbers("who.pid", node)),
-        comm: map.take("comm").and_then(|node| reader.texts("who.comm", node)),
-        uid: map.take("uid").and_then(|node| reader.numbers("who.uid", node)),
+        pid: map
+            .take("pid")
+            .and_then(|node| reader.numbers("who.pid", node)),
+        comm: map
+            .take("comm")
+            .and_then(|node| reader.texts("who.comm", node)),
+        uid: map
+            .take("uid")
+            .and_then(|node| reader.numbers("who.uid", node)),
     };
     reader.finish("who", map, |_| None);
     Some(who)
@@ -125,9 +170,15 @@ fn read_who(reader: &mut Reader, node: &Node) -> Option<WhoSpec> {
 fn read_range(reader: &mut Reader, node: &Node) -> Option<RangeSpec> {
     let mut map = reader.map("range", node)?;
     let range = RangeSpec {
-        start: map.take("start").and_then(|node| reader.number_or_text("range.start", node)),
-        length: map.take("length").and_then(|node| reader.number_or_text("range.length", node)),
-        end: map.take("end").and_then(|node| reader.number_or_text("range.end", node)),
+        start: map
+            .take("start")
+            .and_then(|node| reader.number_or_text("range.start", node)),
+        length: map
+            .take("length")
+            .and_then(|node| reader.number_or_text("range.length", node)),
+        end: map
+            .take("end")
+            .and_then(|node| reader.number_or_text("range.end", node)),
     };
     reader.finish("range", map, |_| None);
     Some(range)
@@ -136,32 +187,57 @@ fn read_range(reader: &mut Reader, node: &Node) -> Option<RangeSpec> {
 fn read_when(reader: &mut Reader, node: &Node) -> Option<WhenSpec> {
     let mut map = reader.map("when", node)?;
     let when = WhenSpec {
-        percent: map.take("percent").and_then(|node| reader.float("when.percent", node)),
-        after: map.take("after").and_then(|node| reader.number("when.after", node)),
-        every: map.take("every").and_then(|node| reader.number("when.every", node)),
-        times: map.take("times").and_then(|node| reader.number("when.times", node)),
-        from: map.take("from").and_then(|node| reader.text("when.from", node)),
-        lasting: map.take("for").and_then(|node| reader.text("when.for", node)),
-        per: map.take("per").and_then(|node| reader.text("when.per", node)),
+        percent: map
+            .take("percent")
+            .and_then(|node| reader.float("when.percent", node)),
+        after: map
+            .take("after")
+            .and_then(|node| reader.number("when.after", node)),
+        every: map
+            .take("every")
+            .and_then(|node| reader.number("when.every", node)),
+        times: map
+            .take("times")
+            .and_then(|node| reader.number("when.times", node)),
+        from: map
+            .take("from")
+            .and_then(|node| reader.text("when.from", node)),
+        lasting: map
+            .take("for")
+            .and_then(|node| reader.text("when.for", node)),
+        per: map
+            .take("per")
+            .and_then(|node| reader.text("when.per", node)),
     };
     reader.finish("when", map, |_| None);
     Some(when)
 }
 
 fn read_fault(reader: &mut Reader, node: &Node) -> FaultSpec {
-    let Some(mut map) = reader.map("fault", node) else { return FaultSpec::default() };
+    let Some(mut map) = reader.map("fault", node) else {
+        return FaultSpec::default();
+    };
     let fault = FaultSpec {
-        latency: map.take("latency").and_then(|node| read_latency(reader, node)),
+        latency: map
+            .take("latency")
+            .and_then(|node| read_latency(reader, node)),
         errno: map.take("errno").and_then(|node| read_errno(reader, node)),
         attr: map.take("attr").and_then(|node| read_attr(reader, node)),
-        corrupt: map.take("corrupt").and_then(|node| read_corrupt(reader, node)),
+        corrupt: map
+            .take("corrupt")
+            .and_then(|node| read_corrupt(reader, node)),
     };
     if map.is_empty() {
         let kinds = FaultKind::ALL.map(FaultKind::name).join(", ");
-        reader.report(Diagnostic::error("fault", "is empty").hint(format!("one or more of {kinds}")), node.position);
+        reader.report(
+            Diagnostic::error("fault", "is empty").hint(format!("one or more of {kinds}")),
+            node.position,
+        );
     }
     reader.finish("fault", map, |key| {
-        NOT_IN_THIS_VERSION.contains(&key).then(|| "not available in this version".to_owned())
+        NOT_IN_THIS_VERSION
+            .contains(&key)
+            .then(|| "not available in this version".to_owned())
     });
     fault
 }
@@ -173,10 +249,26 @@ fn read_latency(reader: &mut Reader, node: &Node) -> Option<LatencySpec> {
     }
     let mut map = reader.map(field, node)?;
     let mean = reader.need(field, &mut map, "mean", node, Reader::text);
-    let mut text = |key: &str| map.take(key).and_then(|node| reader.text(&format!("{field}.{key}"), node));
-    let (jitter, distribution, min, max) = (text("jitter"), text("distribution"), text("min"), text("max"));
+    let mut text = |key: &str| {
+        map.take(key)
+            .and_then(|node| reader.text(&format!("{field}.{key}"), node))
+    };
+    let (jitter, distribution, min, max) = (
+        text("jitter"),
+        text("distribution"),
+        text("min"),
+        text("max"),
+    );
     reader.finish(field, map, |_| None);
-    mean.map(|mean| LatencySpec::Shaped(LatencyShape { mean, jitter, distribution, min, max }))
+    mean.map(|mean| {
+        LatencySpec::Shaped(LatencyShape {
+            mean,
+            jitter,
+            distribution,
+            min,
+            max,
+        })
+    })
 }
 
 fn read_errno(reader: &mut Reader, node: &Node) -> Option<ErrnoSpec> {
@@ -184,14 +276,23 @@ fn read_errno(reader: &mut Reader, node: &Node) -> Option<ErrnoSpec> {
     match &node.value {
         Value::List(items) => {
             reader.positions.insert(field, node.position);
-            let item = |(index, item): (usize, &Node)| read_errno_item(reader, &format!("{field}[{index}]"), item);
+            let item = |(index, item): (usize, &Node)| {
+                read_errno_item(reader, &format!("{field}[{index}]"), item)
+            };
             let read: Vec<Option<ErrnoItem>> = items.iter().enumerate().map(item).collect();
-            read.into_iter().collect::<Option<Vec<_>>>().map(ErrnoSpec::List)
+            read.into_iter()
+                .collect::<Option<Vec<_>>>()
+                .map(ErrnoSpec::List)
         }
         Value::Map(_) => {
             let map = reader.map(field, node)?;
             let mut weights = BTreeMap::new();
-            for Entry { key, position, node } in map.entries {
+            for Entry {
+                key,
+                position,
+                node,
+            } in map.entries
+            {
                 let inner = format!("{field}.{key}");
                 if let Some(weight) = reader.number(&inner, node) {
                     weights.insert(key.clone(), weight);
@@ -212,7 +313,10 @@ fn read_errno_item(reader: &mut Reader, field: &str, node: &Node) -> Option<Errn
     let errno = reader.need(field, &mut map, "errno", node, Reader::errno_name);
     let weight = reader.need(field, &mut map, "weight", node, Reader::number);
     reader.finish(field, map, |_| None);
-    Some(ErrnoItem::Weighted(WeightedErrno { errno: errno?, weight: weight? }))
+    Some(ErrnoItem::Weighted(WeightedErrno {
+        errno: errno?,
+        weight: weight?,
+    }))
 }
 
 fn read_attr(reader: &mut Reader, node: &Node) -> Option<AttrSpec> {
@@ -220,18 +324,42 @@ fn read_attr(reader: &mut Reader, node: &Node) -> Option<AttrSpec> {
     let mut map = reader.map(field, node)?;
     let at = |key: &str| format!("{field}.{key}");
     let attr = AttrSpec {
-        ino: map.take("ino").and_then(|node| reader.number(&at("ino"), node)),
-        size: map.take("size").and_then(|node| reader.number_or_text(&at("size"), node)),
-        blocks: map.take("blocks").and_then(|node| reader.number_or_text(&at("blocks"), node)),
-        atime: map.take("atime").and_then(|node| read_time(reader, &at("atime"), node)),
-        mtime: map.take("mtime").and_then(|node| read_time(reader, &at("mtime"), node)),
-        ctime: map.take("ctime").and_then(|node| read_time(reader, &at("ctime"), node)),
-        kind: map.take("kind").and_then(|node| reader.text(&at("kind"), node)),
-        perm: map.take("perm").and_then(|node| reader.mode(&at("perm"), node)),
-        nlink: map.take("nlink").and_then(|node| reader.number_or_text(&at("nlink"), node)),
-        uid: map.take("uid").and_then(|node| reader.number(&at("uid"), node)),
-        gid: map.take("gid").and_then(|node| reader.number(&at("gid"), node)),
-        rdev: map.take("rdev").and_then(|node| reader.number_or_text(&at("rdev"), node)),
+        ino: map
+            .take("ino")
+            .and_then(|node| reader.number(&at("ino"), node)),
+        size: map
+            .take("size")
+            .and_then(|node| reader.number_or_text(&at("size"), node)),
+        blocks: map
+            .take("blocks")
+            .and_then(|node| reader.number_or_text(&at("blocks"), node)),
+        atime: map
+            .take("atime")
+            .and_then(|node| read_time(reader, &at("atime"), node)),
+        mtime: map
+            .take("mtime")
+            .and_then(|node| read_time(reader, &at("mtime"), node)),
+        ctime: map
+            .take("ctime")
+            .and_then(|node| read_time(reader, &at("ctime"), node)),
+        kind: map
+            .take("kind")
+            .and_then(|node| reader.text(&at("kind"), node)),
+        perm: map
+            .take("perm")
+            .and_then(|node| reader.mode(&at("perm"), node)),
+        nlink: map
+            .take("nlink")
+            .and_then(|node| reader.number_or_text(&at("nlink"), node)),
+        uid: map
+            .take("uid")
+            .and_then(|node| reader.number(&at("uid"), node)),
+        gid: map
+            .take("gid")
+            .and_then(|node| reader.number(&at("gid"), node)),
+        rdev: map
+            .take("rdev")
+            .and_then(|node| reader.number_or_text(&at("rdev"), node)),
     };
     reader.finish(field, map, |_| None);
     Some(attr)
@@ -245,7 +373,10 @@ fn read_time(reader: &mut Reader, field: &str, node: &Node) -> Option<TimeSpec> 
     let sec = reader.need(field, &mut map, "sec", node, Reader::number);
     let nsec = reader.need(field, &mut map, "nsec", node, Reader::number);
     reader.finish(field, map, |_| None);
-    Some(TimeSpec::Parts(TimeParts { sec: sec?, nsec: nsec? }))
+    Some(TimeSpec::Parts(TimeParts {
+        sec: sec?,
+        nsec: nsec?,
+    }))
 }
 
 fn read_corrupt(reader: &mut Reader, node: &Node) -> Option<CorruptSpec> {
@@ -255,10 +386,20 @@ fn read_corrupt(reader: &mut Reader, node: &Node) -> Option<CorruptSpec> {
     }
     let mut map = reader.map(field, node)?;
     let fill = reader.need(field, &mut map, "fill", node, Reader::text);
-    let occurrences = map.take("occurrences").and_then(|node| reader.number("fault.corrupt.occurrences", node));
-    let length = map.take("length").and_then(|node| reader.number_or_text("fault.corrupt.length", node));
+    let occurrences = map
+        .take("occurrences")
+        .and_then(|node| reader.number("fault.corrupt.occurrences", node));
+    let length = map
+        .take("length")
+        .and_then(|node| reader.number_or_text("fault.corrupt.length", node));
     reader.finish(field, map, |_| None);
-    fill.map(|fill| CorruptSpec::Full(CorruptShape { fill, occurrences, length }))
+    fill.map(|fill| {
+        CorruptSpec::Full(CorruptShape {
+            fill,
+            occurrences,
+            length,
+        })
+    })
 }
 
 /// What is left of a map while its keys are taken.
@@ -289,11 +430,19 @@ struct Reader {
 
 impl Reader {
     fn new(prefix: &str) -> Self {
-        Self { prefix: prefix.to_owned(), positions: Positions::default(), diagnostics: Vec::new() }
+        Self {
+            prefix: prefix.to_owned(),
+            positions: Positions::default(),
+            diagnostics: Vec::new(),
+        }
     }
 
     fn done<T>(self, value: T) -> Result<T, Vec<Diagnostic>> {
-        if self.diagnostics.is_empty() { Ok(value) } else { Err(self.diagnostics) }
+        if self.diagnostics.is_empty() {
+            Ok(value)
+        } else {
+            Err(self.diagnostics)
+        }
     }
 
     fn is_full(&self) -> bool {
@@ -308,8 +457,14 @@ impl Reader {
 
     /// Adds a diagnostic whose field is relative to the prefix.
     fn report(&mut self, diagnostic: Diagnostic, position: Option<Position>) {
-        let field = crate::diagnostic::join(&self.prefix, &diagnostic.field);
-        self.push(Diagnostic { field, ..diagnostic }.at(position));
+        let field = join(&self.prefix, &diagnostic.field);
+        self.push(
+            Diagnostic {
+                field,
+                ..diagnostic
+            }
+            .at(position),
+        );
     }
 
     /// A value of the wrong shape.
@@ -320,16 +475,21 @@ impl Reader {
             Value::Float(number) => number.to_string(),
             value => value.kind().to_owned(),
         };
-        self.report(Diagnostic::error(field, format!("{expected} is expected, found {found}")), node.position);
+        self.report(
+            Diagnostic::error(field, format!("{expected} is expected, found {found}")),
+            node.position,
+        );
         None
     }
 
     fn map<'a>(&mut self, field: &str, node: &'a Node) -> Option<Keys<'a>> {
         self.positions.insert(field, node.position);
         match &node.value {
-            Value::Map(entries) => {
-                Some(Keys { entries: entries.iter().collect(), known: keys_of(&self.prefix, field), was_empty: entries.is_empty() })
-            }
+            Value::Map(entries) => Some(Keys {
+                entries: entries.iter().collect(),
+                known: keys_of(&self.prefix, field),
+                was_empty: entries.is_empty(),
+            }),
             _ => self.wrong(field, "a map", node),
         }
     }
@@ -351,9 +511,18 @@ impl Reader {
                 return;
             }
             let unknown = Diagnostic::error(field, format!("unknown key {}", quote(&entry.key)));
-            let unknown = match (advice(&entry.key), nearest(&entry.key, map.known.iter().copied())) {
+            let unknown = match (
+                advice(&entry.key),
+                nearest(&entry.key, map.known.iter().copied()),
+            ) {
                 (Some(advice), _) => unknown.hint(advice),
-                (None, Some(word)) => unknown.hint(format!("did you mean `{word}`?")),
+                (None, Some(word)) => {
+                    // A key that is missing because it is misspelt is one mistake, not two.
+                    let whole = join(&self.prefix, &join(field, word));
+                    self.diagnostics
+                        .retain(|other| other.cause != MISSING || other.field != whole);
+                    unknown.hint(format!("did you mean `{word}`?"))
+                }
                 (None, None) => unknown.hint(format!("there are {}", map.known.join(", "))),
             };
             self.report(unknown, entry.position);
@@ -373,7 +542,7 @@ impl Reader {
         match map.take(key) {
             Some(node) => read(self, &inner, node),
             None => {
-                self.report(Diagnostic::error(inner, "is missing"), whole.position);
+                self.report(Diagnostic::error(inner, MISSING), whole.position);
                 None
             }
         }
@@ -398,11 +567,20 @@ impl Reader {
             Value::Word(word) => word.parse().ok(),
             _ => None,
         };
-        let Some(value) = value else { return self.wrong(field, "a whole number", node) };
+        let Some(value) = value else {
+            return self.wrong(field, "a whole number", node);
+        };
         let Ok(value) = T::try_from(value) else {
             let bits = 8 * size_of::<T>();
-            let cause = if value < 0 { "cannot be negative".to_owned() } else { format!("must fit in {bits} bits") };
-            self.report(Diagnostic::error(field, format!("{value} {cause}")), node.position);
+            let cause = if value < 0 {
+                "cannot be negative".to_owned()
+            } else {
+                format!("must fit in {bits} bits")
+            };
+            self.report(
+                Diagnostic::error(field, format!("{value} {cause}")),
+                node.position,
+            );
             return None;
         };
         Some(value)
@@ -429,7 +607,10 @@ impl Reader {
                 Ok(number) => Some(NumberOrText::Number(number)),
                 Err(_) => Some(NumberOrText::Text(number.to_string())),
             },
-            Value::Word(word) => Some(plain_number(word).map_or_else(|| NumberOrText::Text(word.clone()), NumberOrText::Number)),
+            Value::Word(word) => Some(
+                plain_number(word)
+                    .map_or_else(|| NumberOrText::Text(word.clone()), NumberOrText::Number),
+            ),
             Value::Text(text) => Some(NumberOrText::Text(text.clone())),
             _ => self.wrong(field, "a number or text", node),
         }
@@ -487,14 +668,23 @@ impl Reader {
 
 /// A number in its plainest form, so that `007` stays the text it is.
 fn plain_number(word: &str) -> Option<u64> {
-    word.parse().ok().filter(|number: &u64| number.to_string() == word)
+    word.parse()
+        .ok()
+        .filter(|number: &u64| number.to_string() == word)
 }
 
 /// The keys of the map in a field, for the nearest word.
 fn keys_of(prefix: &str, field: &str) -> Vec<&'static str> {
-    const DOCUMENT: [&str; 7] = ["version", "volume", "target", "duration", "seed", "scope", "rules"];
-    const RULE: [&str; 9] = ["name", "op", "path", "exclude", "who", "range", "when", "fault", "then"];
-    const ATTR: [&str; 12] = ["ino", "size", "blocks", "atime", "mtime", "ctime", "kind", "perm", "nlink", "uid", "gid", "rdev"];
+    const DOCUMENT: [&str; 7] = [
+        "version", "volume", "target", "duration", "seed", "scope", "rules",
+    ];
+    const RULE: [&str; 9] = [
+        "name", "op", "path", "exclude", "who", "range", "when", "fault", "then",
+    ];
+    const ATTR: [&str; 12] = [
+        "ino", "size", "blocks", "atime", "mtime", "ctime", "kind", "perm", "nlink", "uid", "gid",
+        "rdev",
+    ];
     match field {
         "" if prefix.is_empty() => DOCUMENT.to_vec(),
         "target" => vec!["pid"],

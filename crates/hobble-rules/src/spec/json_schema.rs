@@ -14,7 +14,10 @@ use crate::op::OpSet;
 pub fn schema() -> String {
     let mut schema = schema_for!(Document);
     RecursiveTransform(without_null).transform(&mut schema);
-    if let Some(rule) = schema.pointer_mut("/$defs/RuleSpec/properties").and_then(Value::as_object_mut) {
+    if let Some(rule) = schema
+        .pointer_mut("/$defs/RuleSpec/properties")
+        .and_then(Value::as_object_mut)
+    {
         if let Some(op) = rule.get_mut("op").and_then(Value::as_object_mut) {
             op.insert("examples".into(), json!(OpSet::words().collect::<Vec<_>>()));
         }

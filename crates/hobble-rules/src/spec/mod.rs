@@ -163,7 +163,10 @@ pub struct RangeSpec {
 #[serde(deny_unknown_fields)]
 pub struct WhenSpec {
     /// Share of the matches that are hit, by chance.
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "plain_percent")]
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "plain_percent"
+    )]
     #[schemars(range(min = 0, max = 100), with = "Option<f64>")]
     pub percent: Option<f64>,
     /// So many matches are let pass first.
@@ -401,7 +404,10 @@ impl Positions {
             if field.is_empty() {
                 return None;
             }
-            field = field.rfind(['.', '[']).and_then(|end| field.get(..end)).unwrap_or("");
+            field = field
+                .rfind(['.', '['])
+                .and_then(|end| field.get(..end))
+                .unwrap_or("");
         }
     }
 }
@@ -410,7 +416,11 @@ impl Document {
     /// A document with these rules and nothing else.
     #[must_use]
     pub fn with_rules(rules: Vec<RuleSpec>) -> Self {
-        Self { version: VERSION, rules, ..Self::default() }
+        Self {
+            version: VERSION,
+            rules,
+            ..Self::default()
+        }
     }
 
     /// YAML that reads back as this document.
@@ -418,7 +428,9 @@ impl Document {
     /// # Errors
     /// [`PrintError`] when a text in it cannot be written as YAML.
     pub fn to_yaml(&self) -> Result<String, PrintError> {
-        serde_saphyr::to_string(self).map_err(|error| PrintError { reason: error.to_string() })
+        serde_saphyr::to_string(self).map_err(|error| PrintError {
+            reason: error.to_string(),
+        })
     }
 }
 
@@ -444,15 +456,32 @@ pub(crate) struct Reading {
     pub(crate) document: Document,
     /// The places of these rules.
     pub(crate) places: Vec<usize>,
+    /// How many rules were written, those included that could not be read.
+    pub(crate) written: usize,
     /// What is wrong with the rest.
     pub(crate) found: Vec<Diagnostic>,
+}
+
+impl Default for Reading {
+    fn default() -> Self {
+        Self {
+            document: Document::with_rules(Vec::new()),
+            places: Vec::new(),
+            written: 0,
+            found: Vec::new(),
+        }
+    }
 }
 
 impl Reading {
     fn whole(self) -> Result<Document, Vec<Diagnostic>> {
         let mut found = self.found;
         found.sort_by_key(|diagnostic| diagnostic.position);
-        if found.is_empty() { Ok(self.document) } else { Err(found) }
+        if found.is_empty() {
+            Ok(self.document)
+        } else {
+            Err(found)
+        }
     }
 }
 
@@ -476,7 +505,9 @@ impl<'de> Deserialize<'de> for Document {
 fn plain_percent<S: Serializer>(percent: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
     match percent {
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Whole, and in range.
-        Some(percent) if percent.fract() == 0.0 && (0.0..=100.0).contains(percent) => serializer.serialize_u64(*percent as u64),
+        Some(percent) if percent.fract() == 0.0 && (0.0..=100.0).contains(percent) => {
+            serializer.serialize_u64(*percent as u64)
+        }
         percent => percent.serialize(serializer),
     }
 }

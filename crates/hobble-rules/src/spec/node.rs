@@ -64,7 +64,10 @@ impl Value {
 /// Reads YAML; JSON is a subset of it.
 pub(crate) fn from_yaml(text: &str) -> Result<Node, Diagnostic> {
     if text.len() > LARGEST {
-        let cause = format!("a specification may have {LARGEST} bytes, this one has {}", text.len());
+        let cause = format!(
+            "a specification may have {LARGEST} bytes, this one has {}",
+            text.len()
+        );
         return Err(Diagnostic::error("", cause));
     }
     let options = serde_saphyr::options! {
@@ -109,20 +112,34 @@ fn cause_of(error: &serde_saphyr::Error) -> String {
     use serde_saphyr::Error;
     use serde_saphyr::budget::BudgetBreach;
     let cause = match error {
-        Error::DuplicateMappingKey { key: Some(key), .. } => return format!("the key {} is there twice", quote(key)),
-        Error::Budget { breach: BudgetBreach::Documents { .. }, .. } | Error::MultipleDocuments { .. } => {
+        Error::DuplicateMappingKey { key: Some(key), .. } => {
+            return format!("the key {} is there twice", quote(key));
+        }
+        Error::Budget {
+            breach: BudgetBreach::Documents { .. },
+            ..
+        }
+        | Error::MultipleDocuments { .. } => {
             return "there is more than one document".into();
         }
-        Error::Budget { breach: BudgetBreach::Depth { .. }, .. } => "nested too deeply".into(),
+        Error::Budget {
+            breach: BudgetBreach::Depth { .. },
+            ..
+        } => "nested too deeply".into(),
         Error::Budget { .. } => "it has too many parts".into(),
-        Error::AliasReplayLimitExceeded { .. } | Error::AliasExpansionLimitExceeded { .. } | Error::AliasReplayStackDepthExceeded { .. } => {
-            "its aliases stand for too much".into()
-        }
+        Error::AliasReplayLimitExceeded { .. }
+        | Error::AliasExpansionLimitExceeded { .. }
+        | Error::AliasReplayStackDepthExceeded { .. } => "its aliases stand for too much".into(),
         _ => {
             let message = error.to_string();
             let line = message.lines().next().unwrap_or_default();
             // The position is said elsewhere.
-            line.split(" at line ").next().unwrap_or(line).chars().take(200).collect::<String>()
+            line.split(" at line ")
+                .next()
+                .unwrap_or(line)
+                .chars()
+                .take(200)
+                .collect::<String>()
         }
     };
     format!("not readable as YAML or JSON: {cause}")
@@ -131,14 +148,20 @@ fn cause_of(error: &serde_saphyr::Error) -> String {
 impl Node {
     /// A value at a place.
     pub(crate) const fn new(value: Value, position: Option<Position>) -> Self {
-        Self { value, position, start: None }
+        Self {
+            value,
+            position,
+            start: None,
+        }
     }
 
     /// Makes text of numbers that were written with a plus: `+1` is relative where a rule takes relative values, and YAML takes it for 1.
     fn keep_signs(&mut self, source: &str) {
         match &mut self.value {
             Value::List(items) => items.iter_mut().for_each(|item| item.keep_signs(source)),
-            Value::Map(entries) => entries.iter_mut().for_each(|entry| entry.node.keep_signs(source)),
+            Value::Map(entries) => entries
+                .iter_mut()
+                .for_each(|entry| entry.node.keep_signs(source)),
             Value::Int(number) => {
                 let start = self.start.and_then(|start| usize::try_from(start).ok());
                 if start.and_then(|start| source.as_bytes().get(start)) == Some(&b'+') {
@@ -151,14 +174,23 @@ impl Node {
 }
 
 fn position(location: Location) -> Option<Position> {
-    let line = u32::try_from(location.line()).ok().filter(|line| *line > 0)?;
-    Some(Position { source: Source::Spec, line, column: u32::try_from(location.column()).ok()? })
+    let line = u32::try_from(location.line())
+        .ok()
+        .filter(|line| *line > 0)?;
+    Some(Position {
+        source: Source::Spec,
+        line,
+        column: u32::try_from(location.column()).ok()?,
+    })
 }
 
 impl From<Spanned<Value>> for Node {
     fn from(spanned: Spanned<Value>) -> Self {
         let start = spanned.defined.span().byte_offset();
-        Self { start, ..Self::new(spanned.value, position(spanned.referenced)) }
+        Self {
+            start,
+            ..Self::new(spanned.value, position(spanned.referenced))
+        }
     }
 }
 
@@ -172,9 +204,15 @@ impl From<serde_json::Value> for Node {
                 None => Value::Float(number.as_f64().unwrap_or(f64::NAN)),
             },
             serde_json::Value::String(text) => Value::Text(text),
-            serde_json::Value::Array(items) => Value::List(items.into_iter().map(Self::from).collect()),
+            serde_json::Value::Array(items) => {
+                Value::List(items.into_iter().map(Self::from).collect())
+            }
             serde_json::Value::Object(entries) => {
-                let entry = |(key, value)| Entry { key, position: None, node: Self::from(value) };
+                let entry = |(key, value)| Entry {
+                    key,
+                    position: None,
+                    node: Self::from(value),
+                };
                 Value::Map(entries.into_iter().map(entry).collect())
             }
         };
@@ -249,7 +287,11 @@ impl<'de> Visitor<'de> for ValueVisitor {
         let mut map = Vec::new();
         while let Some(key) = entries.next_key::<Spanned<String>>()? {
             let node = Node::from(entries.next_value::<Spanned<Value>>()?);
-            map.push(Entry { key: key.value, position: position(key.referenced), node });
+            map.push(Entry {
+                key: key.value,
+                position: position(key.referenced),
+                node,
+            });
         }
         Ok(Value::Map(map))
     }

@@ -12,14 +12,17 @@ pub(crate) fn plan(rules: &str) -> Plan {
 
 /// The same with everything that can be chosen.
 pub(crate) fn plan_with(rules: &str, seed: u64, previous: Option<&Plan>, now: Duration) -> Plan {
-    let (_, experiment) = hobble_rules::load(&document(rules)).unwrap_or_else(|found| panic!("{rules}\n{}", lines(&found)));
+    let (_, experiment) = hobble_rules::load(&document(rules))
+        .unwrap_or_else(|found| panic!("{rules}\n{}", lines(&found)));
     Plan::compile(&experiment, seed, previous, now)
 }
 
 /// The plan of `--fault` strings.
 pub(crate) fn flags(faults: &[&str]) -> Plan {
-    let document = hobble_rules::fault_flag::parse_all(faults).unwrap_or_else(|found| panic!("{}", lines(&found)));
-    let experiment = hobble_rules::check(&document).unwrap_or_else(|found| panic!("{}", lines(&found)));
+    let document = hobble_rules::fault_flag::parse_all(faults)
+        .unwrap_or_else(|found| panic!("{}", lines(&found)));
+    let experiment =
+        hobble_rules::check(&document).unwrap_or_else(|found| panic!("{}", lines(&found)));
     Plan::compile(&experiment, 42, None, Duration::ZERO)
 }
 
@@ -33,8 +36,13 @@ pub(crate) fn errors(rules: &str) -> Vec<Diagnostic> {
 
 /// The warnings about rules written as the items of `rules:`.
 pub(crate) fn warnings(rules: &str) -> Vec<String> {
-    let (_, experiment) = hobble_rules::load(&document(rules)).unwrap_or_else(|found| panic!("{rules}\n{}", lines(&found)));
-    experiment.warnings().iter().map(ToString::to_string).collect()
+    let (_, experiment) = hobble_rules::load(&document(rules))
+        .unwrap_or_else(|found| panic!("{rules}\n{}", lines(&found)));
+    experiment
+        .warnings()
+        .iter()
+        .map(ToString::to_string)
+        .collect()
 }
 
 pub(crate) fn document(rules: &str) -> String {
@@ -42,7 +50,10 @@ pub(crate) fn document(rules: &str) -> String {
 }
 
 pub(crate) fn lines(found: &[Diagnostic]) -> String {
-    found.iter().map(|diagnostic| format!("{diagnostic}\n")).collect()
+    found
+        .iter()
+        .map(|diagnostic| format!("{diagnostic}\n"))
+        .collect()
 }
 
 /// An operation to ask about.
@@ -58,28 +69,60 @@ pub(crate) struct Ask {
 
 impl Ask {
     pub(crate) fn new(op: Op) -> Self {
-        let caller = KnownCaller { uid: 1000, pid: Some(7), comm: Some(Comm::new(b"postgres")) };
-        Self { op, path: "base/1/2".into(), caller, range: Some((0, 4096)), now: Duration::ZERO, file: 1 }
+        let caller = KnownCaller {
+            uid: 1000,
+            pid: Some(7),
+            comm: Some(Comm::new(b"postgres")),
+        };
+        Self {
+            op,
+            path: "base/1/2".into(),
+            caller,
+            range: Some((0, 4096)),
+            now: Duration::ZERO,
+            file: 1,
+        }
     }
 
     pub(crate) fn path(self, path: &str) -> Self {
-        Self { path: path.into(), ..self }
+        Self {
+            path: path.into(),
+            ..self
+        }
     }
 
     pub(crate) fn pid(self, pid: u32) -> Self {
-        Self { caller: KnownCaller { pid: Some(pid), ..self.caller }, ..self }
+        Self {
+            caller: KnownCaller {
+                pid: Some(pid),
+                ..self.caller
+            },
+            ..self
+        }
     }
 
     pub(crate) fn uid(self, uid: u32) -> Self {
-        Self { caller: KnownCaller { uid, ..self.caller }, ..self }
+        Self {
+            caller: KnownCaller { uid, ..self.caller },
+            ..self
+        }
     }
 
     pub(crate) fn comm(self, comm: &str) -> Self {
-        Self { caller: KnownCaller { comm: Some(Comm::new(comm.as_bytes())), ..self.caller }, ..self }
+        Self {
+            caller: KnownCaller {
+                comm: Some(Comm::new(comm.as_bytes())),
+                ..self.caller
+            },
+            ..self
+        }
     }
 
     pub(crate) fn range(self, offset: u64, len: u64) -> Self {
-        Self { range: Some((offset, len)), ..self }
+        Self {
+            range: Some((offset, len)),
+            ..self
+        }
     }
 
     pub(crate) fn now(self, now: Duration) -> Self {
@@ -91,7 +134,10 @@ impl Ask {
     }
 
     pub(crate) fn of(&self, plan: &Plan) -> Decision {
-        let path = plan.match_path(self.path.as_bytes(), format!("/data/{}", self.path).as_bytes());
+        let path = plan.match_path(
+            self.path.as_bytes(),
+            format!("/data/{}", self.path).as_bytes(),
+        );
         plan.decide(&OpContext {
             op: self.op,
             paths: &[&path],
