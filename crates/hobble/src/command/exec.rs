@@ -17,7 +17,7 @@ pub(crate) fn run(intent: &intent::Exec, out: &mut Out) -> Outcome<u8> {
     for warning in &intent.warnings {
         out.warn("warning:", &printable(warning));
     }
-    need_root("exec")?;
+    need_root()?;
     let signals = Signals::install_for_command()?;
     let mut failed = false;
     let outcome = hobble_attach::exec(

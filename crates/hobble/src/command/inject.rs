@@ -32,7 +32,7 @@ pub(crate) fn run(intent: &intent::Inject, out: &mut Out) -> Outcome<()> {
     if intent.dry_run {
         return dry_run(&intent.options, out);
     }
-    need_root("inject")?;
+    need_root()?;
     let signals = Signals::install()?;
     let session = hobble_attach::inject(&intent.options)?;
     let foreground = Foreground {

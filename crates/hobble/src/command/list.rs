@@ -6,7 +6,7 @@ use hobble_attach::Client;
 use serde::Serialize;
 
 use crate::cli::{Global, Show};
-use crate::command::{print, resolve};
+use crate::command::{need_root, print, resolve};
 use crate::fail::{Fail, Outcome};
 use crate::out::Out;
 use crate::render;
@@ -22,6 +22,7 @@ struct Lost<'a> {
 
 /// Every attachment. One that is lost makes the exit code say that recovery is needed.
 pub(crate) fn ps(global: &Global, out: &mut Out) -> Outcome<()> {
+    need_root()?;
     let listed = hobble_attach::list(&global.state_dir)?;
     let mut lost = Vec::new();
     for attachment in &listed {

@@ -27,19 +27,20 @@ pub(crate) fn print(out: &mut Out, lines: Vec<Line>) {
 }
 
 /// Refuses early what could only fail with a less telling error. Which capabilities root lacks is for pre-flight to say.
-pub(crate) fn need_root(command: &str) -> Outcome<()> {
+pub(crate) fn need_root() -> Outcome<()> {
     if rustix::process::geteuid().is_root() {
         return Ok(());
     }
     Err(Fail::failed(anyhow::anyhow!(
-        "`hobble {command}` needs root: it stops processes, moves their files and mounts a filesystem"
+        "only root may attach to processes, and see and control attachments"
     ))
     .step("preflight")
-    .hint(format!("sudo hobble {command} ..., or as root in a container with CAP_SYS_ADMIN and CAP_SYS_PTRACE")))
+    .hint("run it with sudo, or as root of a container with CAP_SYS_ADMIN and CAP_SYS_PTRACE"))
 }
 
 /// The attachment that is meant: the one whose id begins with what was typed, or the only one there is.
 pub(crate) fn resolve(state_dir: &Path, typed: Option<&str>) -> Outcome<String> {
+    need_root()?;
     let Some(typed) = typed else {
         return Ok(hobble_attach::only_id(state_dir)?);
     };

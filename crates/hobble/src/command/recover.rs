@@ -27,6 +27,7 @@ enum News {
 
 /// Recovers one attachment or all of them.
 pub(crate) fn run(args: &Recover, global: &Global, out: &mut Out) -> Outcome<()> {
+    need_root()?;
     let which = if args.all {
         if hobble_attach::ids(&global.state_dir)?.is_empty() {
             out.line("nothing is attached");
@@ -36,7 +37,6 @@ pub(crate) fn run(args: &Recover, global: &Global, out: &mut Out) -> Outcome<()>
     } else {
         Which::One(resolve(&global.state_dir, args.id.id.as_deref())?)
     };
-    need_root("recover")?;
     let signals = Signals::install()?;
     let news = start(global, which, args.force)?;
     let mut incomplete = Vec::new();
