@@ -1,0 +1,108 @@
+//! What a mirror is told when it is made, and what it asks of the layer above.
+
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use hobble_fuse::Tid;
+use hobble_rules::Comm;
+
+/// How to mirror.
+#[derive(Debug)]
+pub struct Config {
+    /// The directory to be mirrored, best as the root of a tree that was cloned with `open_tree(OPEN_TREE_CLONE)`. Mounts that the clone brought along are
+    /// stepped over where the kernel allows it (Linux 6.15): what they cover is served, and the layer above puts them back on top.
+    pub root: OwnedFd,
+    /// The same directory on the target's own mount. Descriptors that are handed to the target are opened through it, so that they are as if the
+    /// target had opened them; without it they are on the mount of `root`.
+    pub native: Option<OwnedFd>,
+    /// Where the target sees the root: what absolute patterns of rules are matched against. With a leading slash, without a trailing one (empty for `/`).
+    pub volume: Vec<u8>,
+    /// How long the kernel may keep names and attributes.
+    pub caching: Caching,
+    /// Whether reads and writes may go past the server (Linux 6.9). Where the kernel or the backing filesystem cannot, they do not, whatever is said here.
+    pub passthrough: bool,
+}
+
+/// How long the kernel may use what it was told without asking again.
+///
+/// The kernel sees to it by itself that what is changed through the hook is not stale. What this bounds is how late a change made *behind* the hook is
+/// seen. Whoever has programs on both sides that rely on each other's changes at once should take [`Caching::NONE`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caching {
+    /// Names.
+    pub entry: Duration,
+    /// Attributes. Zero is used instead for files that may be mapped for writing: stores change their times without a request.
+    pub attr: Duration,
+}
+
+impl Caching {
+    /// Nothing is kept: every path walk and every `stat` asks.
+    pub const NONE: Self = Self {
+        entry: Duration::ZERO,
+        attr: Duration::ZERO,
+    };
+}
+
+impl Default for Caching {
+    fn default() -> Self {
+        Self {
+            entry: Duration::from_secs(1),
+            attr: Duration::from_secs(1),
+        }
+    }
+}
+
+/// What is known about a caller.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CallerFacts {
+    /// Its process (thread group id).
+    pub pid: Option<u32>,
+    /// The name of its process.
+    pub comm: Option<Comm>,
+    /// The name of the very thread.
+    pub thread_comm: Option<Comm>,
+}
+
+/// What the mirror asks about callers. Both are called on threads that serve requests and should be quick.
+pub trait Callers: Send + Sync + 'static {
+    /// Whether the rules are for this caller. Others' operations pass unmatched. `tid` 0: the kernel acts for nobody.
+    fn in_scope(&self, tid: Tid) -> bool;
+
+    /// Facts about a caller; asked only when a rule needs them.
+    fn facts(&self, tid: Tid) -> CallerFacts;
+}
+
+/// Everybody is in scope; facts come from `/proc`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Everybody;
+
+impl Callers for Everybody {
+    fn in_scope(&self, _tid: Tid) -> bool {
+        true
+    }
+
+    fn facts(&self, tid: Tid) -> CallerFacts {
+        let status = std::fs::read(format!("/proc/{tid}/status")).unwrap_or_default();
+        let field = |text: &[u8], key: &[u8]| {
+            text.split(|byte| *byte == b'\n')
+                .find_map(|line| line.strip_prefix(key))
+                .map(<[u8]>::to_vec)
+        };
+        let number = |bytes: Vec<u8>| {
+            std::str::from_utf8(&bytes)
+                .ok()
+                .and_then(|text| text.trim().parse().ok())
+        };
+        let pid: Option<u32> = field(&status, b"Tgid:").and_then(number);
+        let comm = |path: String| {
+            std::fs::read(path)
+                .ok()
+                .map(|name| Comm::new(name.trim_ascii_end()))
+        };
+        CallerFacts {
+            pid,
+            comm: pid.and_then(|pid| comm(format!("/proc/{pid}/comm"))),
+            thread_comm: comm(format!("/proc/{tid}/comm")),
+        }
+    }
+}

@@ -1,0 +1,494 @@
+//! Asking the rules, and doing what they say.
+//!
+//! Owns the plan in force. Invariants: without a plan, or for an operation that no rule names, an operation costs one atomic load here; a decision is made once per
+//! operation, before anything of it is done; a delayed operation is parked, never slept on; requests of door threads ([`crate::door`]) and of callers out of
+//! scope are not even counted; FORGET and INTERRUPT are no operations in this sense.
+
+use std::cell::OnceCell;
+use std::ffi::CString;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, RwLock};
+use std::time::{Duration, Instant};
+
+use hobble_fuse::park::Wait;
+use hobble_fuse::{Caller, InjectedErrno, NodeId, Op, Reply, Request};
+use hobble_rules::{
+    CallerFacts as RuleCaller, Comm, Decision, FileId, Op as RuleOp, OpContext, OpSet, PathMatch,
+    Plan,
+};
+
+use crate::adopt::HandleId;
+use crate::config::{CallerFacts, Callers};
+use crate::lock::{read, write};
+use crate::mirror::Inner;
+use crate::store::{Link, Matched, Node};
+use crate::sys::identity;
+
+/// The plan in force.
+#[derive(Default)]
+pub(crate) struct Rules {
+    /// One bit per operation that some rule names; 0 without a plan.
+    ops: AtomicU64,
+    active: RwLock<Option<Active>>,
+}
+
+#[derive(Clone)]
+struct Active {
+    plan: Arc<Plan>,
+    /// When injection began.
+    origin: Instant,
+}
+
+/// What has to follow a change of the plan.
+#[derive(Clone, Debug, Default)]
+pub struct PlanChange {
+    /// Handles whose reads and writes bypass the server although a rule wants to see them: until they are opened anew the rule cannot fire on them.
+    pub must_reopen: Vec<HandleId>,
+    /// Handles whose reads and writes come to the server although no rule wants them: right, but slow.
+    pub may_reopen: Vec<HandleId>,
+    /// Whether the kernel has dropped everything it had cached that would hide a rule. If not, it is waiting for an operation in progress, and will.
+    pub settled: bool,
+}
+
+/// How long to wait for the kernel to drop what it has cached.
+const SETTLE: Duration = Duration::from_secs(2);
+
+fn bit(op: RuleOp) -> u64 {
+    1 << op.index()
+}
+
+fn bits(ops: OpSet) -> u64 {
+    ops.iter().map(bit).fold(0, |word, bit| word | bit)
+}
+
+impl Rules {
+    /// Whether any rule names the operation. The one thing that an operation without rules pays for.
+    fn name(&self, op: RuleOp) -> bool {
+        self.ops.load(Ordering::Acquire) & bit(op) != 0
+    }
+
+    fn active(&self) -> Option<Active> {
+        read(&self.active).clone()
+    }
+
+    /// Whether some rule may match this operation on this node.
+    pub(crate) fn matches(&self, inner: &Inner, node: &Node, op: RuleOp) -> bool {
+        if !self.name(op) {
+            return false;
+        }
+        let Some(active) = self.active() else {
+            return false;
+        };
+        let paths = inner.matches_of(&active.plan, node);
+        if paths.is_empty() {
+            active.plan.match_unknown_path().ops().contains(op)
+        } else {
+            paths.iter().any(|path| path.ops().contains(op))
+        }
+    }
+
+    /// Whether reads and writes of this node have to come to the server.
+    pub(crate) fn intercepts_data(&self, inner: &Inner, node: &Node) -> bool {
+        if self.ops.load(Ordering::Acquire) == 0 {
+            return false;
+        }
+        self.active()
+            .is_some_and(|active| intercepts(inner, &active.plan, node))
+    }
+}
+
+fn intercepts(inner: &Inner, plan: &Plan, node: &Node) -> bool {
+    if !plan.ops().intersects(OpSet::WITH_DATA) {
+        return false;
+    }
+    let paths = inner.matches_of(plan, node);
+    if paths.is_empty() {
+        return plan.intercepts_data(&plan.match_unknown_path());
+    }
+    paths.iter().any(|path| plan.intercepts_data(path))
+}
+
+/// The rules' view of who asks.
+struct Asker<'a> {
+    caller: Caller,
+    callers: &'a dyn Callers,
+    facts: OnceCell<CallerFacts>,
+}
+
+impl Asker<'_> {
+    fn facts(&self) -> &CallerFacts {
+        self.facts
+            .get_or_init(|| self.callers.facts(self.caller.tid))
+    }
+}
+
+impl RuleCaller for Asker<'_> {
+    fn uid(&self) -> u32 {
+        self.caller.uid
+    }
+
+    fn pid(&self) -> Option<u32> {
+        self.facts().pid
+    }
+
+    fn comm(&self) -> Option<Comm> {
+        self.facts().comm
+    }
+
+    fn thread_comm(&self) -> Option<Comm> {
+        self.facts().thread_comm
+    }
+}
+
+/// What a request is called in a rule; `None` for what no rule can name.
+fn rule_op(op: &Op<'_>) -> Option<RuleOp> {
+    Some(match op {
+        Op::Lookup { .. } => RuleOp::Lookup,
+        Op::Getattr { .. } | Op::Statx { .. } => RuleOp::Getattr,
+        Op::Setattr(_) => RuleOp::Setattr,
+        Op::Readlink => RuleOp::Readlink,
+        Op::Symlink { .. } => RuleOp::Symlink,
+        Op::Mknod { .. } => RuleOp::Mknod,
+        Op::Mkdir { .. } => RuleOp::Mkdir,
+        Op::Unlink { .. } => RuleOp::Unlink,
+        Op::Rmdir { .. } => RuleOp::Rmdir,
+        Op::Rename { .. } => RuleOp::Rename,
+        Op::Link { .. } => RuleOp::Link,
+        Op::Open { .. } => RuleOp::Open,
+        Op::Create { .. } => RuleOp::Create,
+        Op::Tmpfile { .. } => RuleOp::Tmpfile,
+        Op::Read { .. } => RuleOp::Read,
+        Op::Write { .. } => RuleOp::Write,
+        Op::Statfs => RuleOp::Statfs,
+        Op::Release { .. } => RuleOp::Release,
+        Op::Fsync {
+            datasync: false, ..
+        } => RuleOp::Fsync,
+        Op::Fsync { datasync: true, .. } => RuleOp::Fdatasync,
+        Op::Setxattr { .. } => RuleOp::Setxattr,
+        Op::Getxattr { .. } => RuleOp::Getxattr,
+        Op::Listxattr { .. } => RuleOp::Listxattr,
+        Op::Removexattr { .. } => RuleOp::Removexattr,
+        Op::Flush { .. } => RuleOp::Flush,
+        Op::Opendir { .. } => RuleOp::Opendir,
+        Op::Readdir { .. } | Op::Readdirplus { .. } => RuleOp::Readdir,
+        Op::Releasedir { .. } => RuleOp::Releasedir,
+        Op::Fsyncdir { .. } => RuleOp::Fsyncdir,
+        Op::Getlk(_) => RuleOp::Getlk,
+        Op::Setlk(ask) | Op::Setlkw(ask) if ask.flock => RuleOp::Flock,
+        Op::Setlk(_) | Op::Setlkw(_) => RuleOp::Setlk,
+        Op::Access { .. } => RuleOp::Access,
+        Op::Ioctl { .. } => RuleOp::Ioctl,
+        Op::Fallocate { .. } => RuleOp::Fallocate,
+        Op::Lseek { .. } => RuleOp::Lseek,
+        Op::CopyFileRange(_) => RuleOp::CopyFileRange,
+        Op::Syncfs => RuleOp::Syncfs,
+        _ => return None,
+    })
+}
+
+/// The bytes of a file that an operation works on.
+fn range(op: &Op<'_>) -> (Option<u64>, Option<u64>) {
+    let (offset, len) = match op {
+        Op::Read { offset, size, .. } => (*offset, u64::from(*size)),
+        Op::Write { offset, data, .. } => (*offset, data.len() as u64),
+        Op::Fallocate { offset, length, .. } => (*offset, *length),
+        Op::CopyFileRange(copy) => (copy.target_offset, copy.len),
+        _ => return (None, None),
+    };
+    (Some(offset), Some(len))
+}
+
+/// Whether the kernel holds an inode's lock exclusively while it waits for this operation, so that others queue behind it, unkillable.
+fn is_exclusive(op: &Op<'_>) -> bool {
+    matches!(
+        op,
+        Op::Setattr(_)
+            | Op::Symlink { .. }
+            | Op::Mknod { .. }
+            | Op::Mkdir { .. }
+            | Op::Unlink { .. }
+            | Op::Rmdir { .. }
+            | Op::Rename { .. }
+            | Op::Link { .. }
+            | Op::Create { .. }
+            | Op::Write { .. }
+            | Op::Setxattr { .. }
+            | Op::Removexattr { .. }
+            | Op::Fallocate { .. }
+            | Op::CopyFileRange(_)
+            | Op::Fsync { .. }
+            | Op::Fsyncdir { .. }
+    )
+}
+
+impl Inner {
+    /// One request, faults included.
+    pub(crate) fn serve(self: &Arc<Self>, request: Request, reply: Reply) {
+        let op = match request.op() {
+            Ok(op) => op,
+            Err(error) => {
+                reply.malformed(&error);
+                return;
+            }
+        };
+        let Some(decision) = self
+            .decide(&request, &op)
+            .filter(|decision| !decision.is_pass())
+        else {
+            return self.perform(&request, op, reply, &Decision::default());
+        };
+        if decision.delay.is_zero() {
+            return self.carry_out(&request, op, reply, &decision);
+        }
+        let until = Wait::until(Instant::now() + decision.delay);
+        let wait = if is_exclusive(&op) {
+            until.exclusive()
+        } else {
+            until
+        };
+        let inner = Arc::clone(self);
+        // Decoded again afterwards: the operation borrows from the request, which moves.
+        self.lot
+            .park(request, reply, wait, move |request, reply, _wake| {
+                if let Err(error) = identity::enter() {
+                    tracing::error!(%error, "a worker has no credentials to serve with");
+                    reply.error(crate::error::errno(&error));
+                    return;
+                }
+                match request.op() {
+                    Ok(op) => inner.carry_out(&request, op, reply, &decision),
+                    Err(error) => {
+                        reply.malformed(&error);
+                    }
+                }
+            });
+    }
+
+    /// What comes after the delay.
+    fn carry_out(
+        self: &Arc<Self>,
+        request: &Request,
+        op: Op<'_>,
+        reply: Reply,
+        decision: &Decision,
+    ) {
+        let errno = decision
+            .errno
+            .and_then(|errno| InjectedErrno::new(errno.raw()));
+        match (errno, &op) {
+            (None, _) => self.perform(request, op, reply, decision),
+            // What closing a file does to locks and handles happens whatever close() returns (fs/open.c filp_flush, fs/file_table.c __fput); of RELEASE nobody sees a result.
+            (Some(_), Op::Release { .. } | Op::Releasedir { .. }) => {
+                self.perform(request, op, reply, decision)
+            }
+            (Some(errno), Op::Flush { fh, lock_owner }) => {
+                self.flush_locks(*fh, *lock_owner);
+                reply.injected(errno);
+            }
+            (Some(errno), _) => {
+                reply.injected(errno);
+            }
+        }
+    }
+
+    /// What the rules say; `None` when they say nothing.
+    fn decide(&self, request: &Request, op: &Op<'_>) -> Option<Decision> {
+        let name = rule_op(op)?;
+        if !self.rules.name(name) {
+            return None;
+        }
+        let mut caller = request.caller();
+        let handle = match op {
+            Op::Release { fh, .. } | Op::Releasedir { fh, .. } => self.handles.get(*fh).ok(),
+            _ => None,
+        };
+        if let Some(handle) = handle {
+            // Sent by the kernel on nobody's behalf; it belongs to whoever opened the file.
+            caller.tid = handle.opener;
+        }
+        if self.doors.is_door(caller.tid) || !self.callers.in_scope(caller.tid) {
+            return None;
+        }
+        let active = self.rules.active()?;
+        let matches = self.matches_for(&active.plan, request.node(), op);
+        let paths: Vec<&PathMatch> = matches.iter().flat_map(|paths| paths.iter()).collect();
+        let (offset, len) = range(op);
+        let asker = Asker {
+            caller,
+            callers: &*self.callers,
+            facts: OnceCell::new(),
+        };
+        Some(active.plan.decide(&OpContext {
+            op: name,
+            paths: &paths,
+            caller: &asker,
+            offset,
+            len,
+            now: active.origin.elapsed(),
+            file: FileId(request.node().0),
+        }))
+    }
+
+    /// What the rules say about the paths that an operation works on.
+    fn matches_for(&self, plan: &Plan, node: NodeId, op: &Op<'_>) -> Vec<Arc<[PathMatch]>> {
+        let child = |parent: NodeId, name: &std::ffi::CStr| -> Arc<[PathMatch]> {
+            let path = self.store.path_of_child(parent, name.to_bytes());
+            path.map(|path| self.match_path(plan, &path))
+                .into_iter()
+                .collect()
+        };
+        let known = |id: NodeId| -> Arc<[PathMatch]> {
+            self.store
+                .get(id)
+                .map_or_else(|| Arc::from([]), |node| self.matches_of(plan, &node))
+        };
+        match op {
+            Op::Lookup { name }
+            | Op::Symlink { name, .. }
+            | Op::Mknod { name, .. }
+            | Op::Mkdir { name, .. }
+            | Op::Unlink { name }
+            | Op::Rmdir { name }
+            | Op::Create { name, .. } => vec![child(node, name)],
+            Op::Rename {
+                name,
+                new_parent,
+                new_name,
+                ..
+            } => vec![child(node, name), child(*new_parent, new_name)],
+            Op::Link { source, new_name } => vec![known(*source), child(node, new_name)],
+            Op::CopyFileRange(copy) => vec![known(node), known(copy.target_node)],
+            _ => vec![known(node)],
+        }
+    }
+
+    fn match_path(&self, plan: &Plan, path: &[u8]) -> PathMatch {
+        let mut absolute = Vec::with_capacity(self.volume.len() + 1 + path.len());
+        absolute.extend_from_slice(&self.volume);
+        if !path.is_empty() || absolute.is_empty() {
+            absolute.push(b'/');
+        }
+        absolute.extend_from_slice(path);
+        plan.match_path(path, &absolute)
+    }
+
+    /// What the rules say about all known paths of a node; computed when the plan, the node's names or those of a directory above have changed.
+    pub(crate) fn matches_of(&self, plan: &Plan, node: &Node) -> Arc<[PathMatch]> {
+        let moves = self.store.moves();
+        if let Some(matched) = node.matched()
+            && matched.moves == moves
+            && matched
+                .paths
+                .first()
+                .is_some_and(|path| path.generation() == plan.generation())
+        {
+            return matched.paths;
+        }
+        let paths: Arc<[PathMatch]> = self
+            .store
+            .paths_of(node.id)
+            .iter()
+            .map(|path| self.match_path(plan, path))
+            .collect();
+        node.set_matched(Matched {
+            moves,
+            paths: Arc::clone(&paths),
+        });
+        paths
+    }
+
+    /// Swaps the plan. See [`crate::Mirror::set_plan`].
+    pub(crate) fn set_plan(&self, plan: Option<(Arc<Plan>, Instant)>) -> PlanChange {
+        let new = plan.map(|(plan, origin)| Active { plan, origin });
+        let ops = new.as_ref().map_or(0, |active| bits(active.plan.ops()));
+        let old = {
+            let mut active = write(&self.rules.active);
+            // New operations see the new plan only; one that has begun goes on with the old one's decision.
+            self.rules.ops.store(ops, Ordering::Release);
+            std::mem::replace(&mut *active, new.clone())
+        };
+        let plans: Vec<&Plan> = [&old, &new]
+            .into_iter()
+            .flatten()
+            .map(|active| &*active.plan)
+            .collect();
+        self.invalidate(&plans);
+        let mut change = self.misfits(new.as_ref().map(|active| &*active.plan));
+        change.settled = self.kernel.get().is_none_or(|kernel| kernel.flush(SETTLE));
+        change
+    }
+
+    /// Has the kernel drop what it knows that would hide a rule, or that a rule has made up.
+    fn invalidate(&self, plans: &[&Plan]) {
+        let Some(kernel) = self.kernel.get() else {
+            return;
+        };
+        let named = plans
+            .iter()
+            .fold(OpSet::EMPTY, |ops, plan| ops.union(plan.ops()));
+        let attributes = OpSet::WITH_ATTRIBUTES;
+        let hidden = attributes
+            .union(OpSet::WITH_DATA)
+            .union(OpSet::only(RuleOp::Readlink))
+            .union(OpSet::only(RuleOp::Getxattr));
+        if !named.intersects(hidden) {
+            return;
+        }
+        for node in self.store.all() {
+            let mut ops = OpSet::EMPTY;
+            // The old plan's matches are computed first, so that what is kept with the node is the new plan's.
+            for plan in plans {
+                let paths = self.matches_of(plan, &node);
+                let of_plan = paths
+                    .iter()
+                    .fold(OpSet::EMPTY, |ops, path| ops.union(path.ops()));
+                ops = ops.union(if paths.is_empty() {
+                    plan.match_unknown_path().ops()
+                } else {
+                    of_plan
+                });
+            }
+            if ops.intersects(OpSet::WITH_DATA) {
+                kernel.inval_inode(node.id, 0, 0);
+            } else if ops.intersects(hidden) {
+                // A negative offset means attributes and ACLs only.
+                kernel.inval_inode(node.id, -1, 0);
+            }
+            if ops.intersects(attributes) {
+                let links: Vec<Link> = node.with_names(|names| names.iter().cloned().collect());
+                for Link { parent, name } in links {
+                    if let Ok(name) = CString::new(name.into_vec()) {
+                        kernel.inval_entry(parent, name, self.expires_entries());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether the kernel can be told to look a name up again without dropping what hangs on it.
+    fn expires_entries(&self) -> bool {
+        self.negotiated.get().is_some_and(|agreed| {
+            agreed
+                .features
+                .contains(hobble_fuse::Features::HAS_EXPIRE_ONLY)
+        })
+    }
+
+    /// Handles whose I/O mode does not fit the plan.
+    fn misfits(&self, plan: Option<&Plan>) -> PlanChange {
+        let mut change = PlanChange::default();
+        for handle in self.handles.all() {
+            if !handle.node.is_regular() {
+                continue;
+            }
+            let wanted = plan.is_some_and(|plan| intercepts(self, plan, &handle.node));
+            match (wanted, handle.direct) {
+                (true, false) => change.must_reopen.push(HandleId(handle.fh)),
+                (false, true) => change.may_reopen.push(HandleId(handle.fh)),
+                _ => {}
+            }
+        }
+        change
+    }
+}

@@ -1,0 +1,165 @@
+//! Open files and directories.
+//!
+//! Owns the table from the kernel's handle numbers to descriptions of backing files. Invariants: a number is never used again; a handle's
+//! description is of its node's inode; a description that was moved from a program stays the program's own, so it is never closed behind its back and its
+//! flags are those the program sees.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+
+use hobble_fuse::{Fh, LockOwner, Tid};
+use rustix::fs::OFlags;
+
+use crate::adopt::Adopted;
+use crate::lock::{lock, read, write};
+use crate::locks::Class;
+use crate::store::Node;
+
+/// One open file or directory of the hook.
+pub(crate) struct Handle {
+    pub(crate) fh: Fh,
+    pub(crate) node: Arc<Node>,
+    /// The description of the backing file.
+    pub(crate) file: Arc<OwnedFd>,
+    /// The description was moved here from a program.
+    pub(crate) adopted: Option<Arc<Adopted>>,
+    /// Access mode.
+    pub(crate) access: OFlags,
+    /// Status flags that `file` has now ([`SETTABLE`]).
+    status: AtomicU32,
+    /// All flags of the open, for those that never change.
+    pub(crate) opened_with: OFlags,
+    /// Reads and writes come to the server.
+    pub(crate) direct: bool,
+    /// Who opened it: the caller of its RELEASE, which names nobody.
+    pub(crate) opener: Tid,
+    /// Who owns OFD locks taken through this handle, once known.
+    pub(crate) ofd_owner: Mutex<Option<LockOwner>>,
+    /// The description has been given back to the program: what happens to this handle no longer concerns its locks.
+    pub(crate) given_back: AtomicBool,
+    /// Position of a directory's description; requests of one open directory are served one at a time.
+    pub(crate) directory: Mutex<Option<u64>>,
+}
+
+/// Status flags that `fcntl(F_SETFL)` can change, and which have a meaning for the backing file.
+pub(crate) const SETTABLE: OFlags = OFlags::APPEND
+    .union(OFlags::DIRECT)
+    .union(OFlags::NOATIME)
+    .union(OFlags::NONBLOCK);
+
+/// What a handle is made of.
+pub(crate) struct New {
+    pub(crate) node: Arc<Node>,
+    pub(crate) file: Arc<OwnedFd>,
+    pub(crate) adopted: Option<Arc<Adopted>>,
+    pub(crate) flags: OFlags,
+    pub(crate) direct: bool,
+    pub(crate) opener: Tid,
+}
+
+impl Handle {
+    /// Which side of the attachment it comes from.
+    pub(crate) fn class(&self) -> Class {
+        if self.adopted.is_some() {
+            Class::Moved
+        } else {
+            Class::Opened
+        }
+    }
+
+    /// Gives the description the status flags that the client's has at this moment: requests carry them, `F_SETFL` sends no request.
+    pub(crate) fn follow_flags(&self, flags: OFlags) -> io::Result<()> {
+        let wanted = flags & SETTABLE;
+        let present = OFlags::from_bits_retain(self.status.load(Ordering::Relaxed));
+        if wanted == present {
+            return Ok(());
+        }
+        let all = rustix::fs::fcntl_getfl(self.file.as_fd())?;
+        rustix::fs::fcntl_setfl(self.file.as_fd(), all.difference(SETTABLE) | wanted)?;
+        self.status.store(wanted.bits(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Status flags as last seen.
+    pub(crate) fn status(&self) -> OFlags {
+        OFlags::from_bits_retain(self.status.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn is_writable(&self) -> bool {
+        self.access != OFlags::RDONLY
+    }
+}
+
+/// All open files and directories.
+pub(crate) struct Handles {
+    next: AtomicU64,
+    open: RwLock<HashMap<u64, Arc<Handle>>>,
+}
+
+impl Default for Handles {
+    fn default() -> Self {
+        Self {
+            next: AtomicU64::new(1),
+            open: RwLock::default(),
+        }
+    }
+}
+
+impl Handles {
+    pub(crate) fn insert(&self, new: New) -> Arc<Handle> {
+        let fh = Fh(self.next.fetch_add(1, Ordering::Relaxed));
+        let handle = Arc::new(Handle {
+            fh,
+            node: new.node,
+            file: new.file,
+            adopted: new.adopted,
+            access: new.flags & OFlags::ACCMODE,
+            status: AtomicU32::new((new.flags & SETTABLE).bits()),
+            opened_with: new.flags,
+            direct: new.direct,
+            opener: new.opener,
+            ofd_owner: Mutex::new(None),
+            given_back: AtomicBool::new(false),
+            directory: Mutex::new(None),
+        });
+        write(&self.open).insert(fh.0, Arc::clone(&handle));
+        handle
+    }
+
+    pub(crate) fn get(&self, fh: Fh) -> io::Result<Arc<Handle>> {
+        read(&self.open)
+            .get(&fh.0)
+            .cloned()
+            .ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
+    }
+
+    pub(crate) fn remove(&self, fh: Fh) -> Option<Arc<Handle>> {
+        write(&self.open).remove(&fh.0)
+    }
+
+    /// All handles, at some moment.
+    pub(crate) fn all(&self) -> Vec<Arc<Handle>> {
+        read(&self.open).values().cloned().collect()
+    }
+
+    /// Any open description of a node.
+    pub(crate) fn any_of(&self, node: &Node) -> Option<Arc<OwnedFd>> {
+        read(&self.open)
+            .values()
+            .find(|handle| handle.node.id == node.id)
+            .map(|handle| Arc::clone(&handle.file))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        read(&self.open).len()
+    }
+
+    /// Whether a handle's own (OFD) locks belong to this owner.
+    pub(crate) fn is_ofd_owner(&self, fh: Fh, owner: LockOwner) -> bool {
+        self.get(fh)
+            .is_ok_and(|handle| *lock(&handle.ofd_owner) == Some(owner))
+    }
+}

@@ -1,0 +1,231 @@
+//! One inode that the kernel knows.
+//!
+//! Invariant: `place` never changes, so a node is the same backing inode for as long as it lives; every descriptor a node hands out refers to that inode.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use hobble_fuse::{Backing, NodeId};
+use hobble_rules::PathMatch;
+use rustix::fs::OFlags;
+
+use super::names::Names;
+use super::{Found, Inode, Store};
+use crate::lock::lock;
+use crate::sys::handle::FileHandle;
+
+/// How a node's inode is found again.
+pub(crate) enum Place {
+    /// By file handle; costs no descriptor.
+    Handle(FileHandle),
+    /// By an `O_PATH` descriptor, where the filesystem has no handles.
+    Descriptor(Arc<OwnedFd>),
+}
+
+/// What the rules say about a node's paths.
+#[derive(Clone)]
+pub(crate) struct Matched {
+    /// [`Store::moves`] when it was computed.
+    pub(crate) moves: u64,
+    /// One for each known path, all of one plan.
+    pub(crate) paths: Arc<[PathMatch]>,
+}
+
+/// How opens of a regular file do their I/O; one mode for all opens at a time (`fuse_file_io_open`, fs/fuse/iomode.c, answers anything else with EIO).
+pub(crate) enum Io {
+    /// In the kernel, on this backing file.
+    Passthrough(Arc<Backing>),
+    /// Through the server.
+    Served,
+}
+
+/// What is known about a regular file while it is open.
+#[derive(Default)]
+pub(crate) struct Data {
+    /// Open handles.
+    pub(crate) handles: u32,
+    /// Their mode; `None` when there are none.
+    pub(crate) io: Option<Io>,
+}
+
+pub(crate) struct Node {
+    pub(crate) id: NodeId,
+    pub(crate) inode: Inode,
+    /// `S_IFMT` bits.
+    pub(crate) kind: u32,
+    pub(crate) place: Place,
+    /// References from the kernel; changed under the table's lock.
+    pub(crate) lookups: AtomicU64,
+    state: Mutex<State>,
+    pub(crate) data: Mutex<Data>,
+    used: AtomicBool,
+    /// A writable shared mapping may exist: its stores change the times, and no request says so.
+    pub(crate) may_be_mapped: AtomicBool,
+}
+
+#[derive(Default)]
+struct State {
+    names: Names,
+    matched: Option<Box<Matched>>,
+    /// Kept for speed (directories), or because the inode may have no name left.
+    fd: Option<Arc<OwnedFd>>,
+    /// The descriptor must stay.
+    keep: bool,
+}
+
+impl Node {
+    pub(super) fn new(id: NodeId, inode: Inode, kind: u32, place: Place) -> Self {
+        Self {
+            id,
+            inode,
+            kind,
+            place,
+            lookups: AtomicU64::new(1),
+            state: Mutex::default(),
+            data: Mutex::default(),
+            used: AtomicBool::new(false),
+            may_be_mapped: AtomicBool::new(false),
+        }
+    }
+
+    /// What the kernel is told as the generation of this node's id.
+    pub(crate) fn generation(&self) -> u64 {
+        self.id.0 >> 32
+    }
+
+    pub(crate) fn is_dir(&self) -> bool {
+        self.kind == libc::S_IFDIR
+    }
+
+    pub(crate) fn is_regular(&self) -> bool {
+        self.kind == libc::S_IFREG
+    }
+
+    /// Whether this is what was found, and not an earlier inode of the same number.
+    pub(super) fn is(&self, found: &Found) -> bool {
+        match &self.place {
+            Place::Handle(handle) => {
+                FileHandle::of(found.fd.as_fd()).is_ok_and(|other| other == *handle)
+            }
+            Place::Descriptor(_) => true,
+        }
+    }
+
+    /// A descriptor of the inode, good for everything an `O_PATH` descriptor is good for.
+    pub(crate) fn fd(self: &Arc<Self>, store: &Store) -> io::Result<Arc<OwnedFd>> {
+        let handle = match &self.place {
+            Place::Descriptor(fd) => return Ok(Arc::clone(fd)),
+            Place::Handle(handle) => handle,
+        };
+        if let Some(fd) = &lock(&self.state).fd {
+            self.used.store(true, Ordering::Relaxed);
+            return Ok(Arc::clone(fd));
+        }
+        let fd = Arc::new(store.open_handle(self.inode.realm, handle, OFlags::PATH)?);
+        if self.is_dir() {
+            // Only directories are kept open for speed: a kept descriptor of a file that somebody unlinks would keep its blocks allocated.
+            let added = {
+                let mut state = lock(&self.state);
+                let added = state.fd.is_none();
+                state.fd.get_or_insert_with(|| Arc::clone(&fd));
+                added
+            };
+            if added {
+                store.directories.added(self.id, |id| store.get(id));
+            }
+        }
+        Ok(fd)
+    }
+
+    /// Keeps a descriptor for as long as the node lives, because its last name is about to go.
+    pub(crate) fn keep_open(self: &Arc<Self>, store: &Store) -> io::Result<()> {
+        let fd = self.fd(store)?;
+        let mut state = lock(&self.state);
+        state.fd.get_or_insert(fd);
+        state.keep = true;
+        Ok(())
+    }
+
+    /// Keeps this descriptor for as long as the node lives.
+    pub(crate) fn keep(&self, fd: Arc<OwnedFd>) {
+        let mut state = lock(&self.state);
+        state.fd.get_or_insert(fd);
+        state.keep = true;
+    }
+
+    pub(super) fn drop_cached(&self) {
+        let dropped = {
+            let mut state = lock(&self.state);
+            if state.keep { None } else { state.fd.take() }
+        };
+        drop(dropped);
+    }
+
+    /// Whether the descriptor was used since this was last asked.
+    pub(super) fn was_used(&self) -> bool {
+        self.used.swap(false, Ordering::Relaxed)
+    }
+
+    pub(crate) fn with_names<T>(&self, work: impl FnOnce(&Names) -> T) -> T {
+        work(&lock(&self.state).names)
+    }
+
+    /// Changes the names; what the rules say about the node is then computed again.
+    pub(crate) fn change_names(&self, work: impl FnOnce(&mut Names) -> bool) -> bool {
+        let mut state = lock(&self.state);
+        let changed = work(&mut state.names);
+        if changed {
+            state.matched = None;
+        }
+        changed
+    }
+
+    /// Learns a name seen by a lookup.
+    pub(crate) fn learn(&self, store: &Store, parent: NodeId, name: &[u8], links: u32) {
+        let sole = self.is_dir() || links <= 1;
+        let had_one = self.with_names(|names| names.first().is_some());
+        let changed = self.change_names(|names| names.learn(parent, name, sole));
+        // A directory with another name than before was moved behind our back.
+        if changed && had_one && self.is_dir() {
+            store.directory_moved();
+        }
+    }
+
+    pub(crate) fn matched(&self) -> Option<Matched> {
+        lock(&self.state).matched.as_deref().cloned()
+    }
+
+    pub(crate) fn set_matched(&self, matched: Matched) {
+        lock(&self.state).matched = Some(Box::new(matched));
+    }
+}
+
+impl Store {
+    /// Opens a node's inode with these flags, as a program would have: never creating, never following a link.
+    pub(crate) fn open(&self, node: &Node, flags: OFlags) -> io::Result<OwnedFd> {
+        let flags = flags.difference(OFlags::CREATE | OFlags::EXCL | OFlags::NOCTTY);
+        match &node.place {
+            Place::Descriptor(fd) => crate::fd::reopen(fd.as_fd(), flags),
+            Place::Handle(handle) => {
+                let realm = self
+                    .realm_at(node.inode.realm)
+                    .ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))?;
+                realm.open_for_client(self.native.as_ref(), handle, flags)
+            }
+        }
+    }
+
+    pub(crate) fn open_handle(
+        &self,
+        realm: u16,
+        handle: &FileHandle,
+        flags: OFlags,
+    ) -> io::Result<OwnedFd> {
+        let realm = self
+            .realm_at(realm)
+            .ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))?;
+        realm.open(handle, flags)
+    }
+}
