@@ -76,15 +76,55 @@ impl Proc {
         }
     }
 
+    /// Calls `found` for every thread of the system that SIGKILL is pending for and that waits, uninterruptibly, for a lock.
+    pub(crate) fn killed_and_stuck(&self, mut found: impl FnMut(Tid)) {
+        let mut buffer = [0; 4096];
+        for process in self.numbers(".") {
+            // A killed process whose first thread can die has a zombie as such, as long as others cannot.
+            let suspect = self
+                .read_at(&format!("{process}/stat"), &mut buffer)
+                .is_some_and(|text| {
+                    matches!(state_and_threads(text), Some((b'D', _)) | Some((b'Z', 2..)))
+                });
+            if !suspect {
+                continue;
+            }
+            for tid in self.numbers(&format!("{process}/task")) {
+                let directory = format!("{process}/task/{tid}");
+                let status = self.read_at(&format!("{directory}/status"), &mut buffer);
+                if status
+                    .is_some_and(|text| fate_of_status(text) == Fate::Killed && is_blocked(text))
+                    && self
+                        .read_at(&format!("{directory}/stack"), &mut buffer)
+                        .is_none_or(waits_for_lock)
+                {
+                    found(Tid(tid));
+                }
+            }
+        }
+    }
+
+    /// The entries of a directory that are numbers.
+    fn numbers(&self, path: &str) -> Vec<u32> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let Ok(directory) = rustix::fs::openat(&self.root, path, flags, Mode::empty()) else {
+            return Vec::new();
+        };
+        let Ok(entries) = rustix::fs::Dir::new(directory) else {
+            return Vec::new();
+        };
+        entries
+            .filter_map(|entry| entry.ok()?.file_name().to_str().ok()?.parse().ok())
+            .collect()
+    }
+
     fn read<'b>(&self, tid: Tid, file: &str, buffer: &'b mut [u8]) -> Option<&'b [u8]> {
-        let path = format!("{tid}/{file}");
-        let file = rustix::fs::openat(
-            &self.root,
-            path,
-            OFlags::RDONLY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .ok()?;
+        self.read_at(&format!("{tid}/{file}"), buffer)
+    }
+
+    fn read_at<'b>(&self, path: &str, buffer: &'b mut [u8]) -> Option<&'b [u8]> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.root, path, flags, Mode::empty()).ok()?;
         let mut filled = 0;
         // ESRCH when the thread goes between open and read.
         loop {
@@ -98,6 +138,85 @@ impl Proc {
         }
         buffer.get(..filled)
     }
+}
+
+/// State (field 3) and number of threads (field 20) of `/proc/<pid>/stat`.
+fn state_and_threads(text: &[u8]) -> Option<(u8, u32)> {
+    let mut fields = behind_name(text)?;
+    let state = *fields.next()?.first()?;
+    let threads = std::str::from_utf8(fields.nth(16)?).ok()?.parse().ok()?;
+    Some((state, threads))
+}
+
+/// Whether a thread sleeps uninterruptibly, from `/proc/<tid>/status`.
+fn is_blocked(status: &[u8]) -> bool {
+    status
+        .split(|&byte| byte == b'\n')
+        .any(|line| line.starts_with(b"State:\tD"))
+}
+
+/// Whether a kernel stack (`/proc/<tid>/stack`, empty or unreadable where the kernel does not show it) is that of a thread which
+/// waits for an inode's lock, a mutex, or somebody else's lookup of the same name. The locking functions themselves are
+/// not shown (`stack_trace_save_tsk` leaves out what is marked `__sched`), so what is first is who called them: the functions of
+/// fs/namei.c, fs/open.c, fs/xattr.c, fs/readdir.c, fs/dcache.c and fs/fuse that wait without heeding signals.
+fn waits_for_lock(stack: &[u8]) -> bool {
+    const CALLERS: [&str; 33] = [
+        "__lookup_",
+        "__mutex_",
+        "__start_",
+        "__vfs_",
+        "chmod_",
+        "chown_",
+        "d_alloc_",
+        "do_linkat",
+        "do_mkdirat",
+        "do_mknodat",
+        "do_open",
+        "do_renameat2",
+        "do_rmdir",
+        "do_symlinkat",
+        "do_truncate",
+        "do_unlinkat",
+        "down_",
+        "filename_",
+        "fuse_",
+        "generic_",
+        "iterate_",
+        "link_path_walk",
+        "lock_",
+        "lookup_",
+        "mutex_",
+        "notify_change",
+        "open_",
+        "path_",
+        "removexattr",
+        "rwsem_",
+        "start_",
+        "vfs_",
+        "walk_component",
+    ];
+    let Some(first) = stack
+        .split(|&byte| byte == b'\n')
+        .find(|line| !line.is_empty())
+    else {
+        return true;
+    };
+    let name = first.strip_prefix(b"[<0>] ").unwrap_or(first);
+    !name.starts_with(b"fuse_dev_")
+        && CALLERS
+            .iter()
+            .any(|caller| name.starts_with(caller.as_bytes()))
+}
+
+/// The fields of `/proc/<pid>/stat` behind the name, which is field 2 and may contain anything: counting starts behind its
+/// last parenthesis.
+fn behind_name(text: &[u8]) -> Option<impl Iterator<Item = &[u8]>> {
+    let close = text.iter().rposition(|&byte| byte == b')')?;
+    Some(
+        text.get(close + 1..)?
+            .split(|&byte| byte == b' ')
+            .filter(|field| !field.is_empty()),
+    )
 }
 
 /// State, SigPnd and ShdPnd of `/proc/<tid>/status`; proc_pid_status(5).
@@ -125,17 +244,10 @@ fn fate_of_status(text: &[u8]) -> Fate {
     }
 }
 
-/// Field 9 (flags) of `/proc/<tid>/stat`; the name in field 2 may contain anything, so counting starts behind its last `)`.
+/// Field 9 (flags) of `/proc/<tid>/stat`.
 fn is_exiting(text: &[u8]) -> bool {
-    let Some(close) = text.iter().rposition(|&byte| byte == b')') else {
-        return false;
-    };
-    let rest = text.get(close + 1..).unwrap_or_default();
-    let flags = rest
-        .split(|&byte| byte == b' ')
-        .filter(|field| !field.is_empty())
-        .nth(6);
-    flags
+    behind_name(text)
+        .and_then(|mut fields| fields.nth(6))
         .and_then(|field| std::str::from_utf8(field).ok())
         .and_then(|field| field.parse::<u64>().ok())
         .is_some_and(|flags| flags & PF_EXITING != 0)
@@ -170,6 +282,27 @@ mod tests {
         assert!(is_exiting(b"12 (a) R 4 ) x) D 1 2 3 4 5 4228 0 0 0"));
         assert!(!is_exiting(b"12 (cat) D 1 2 3 4 5 4194304 4 4 4"));
         assert!(!is_exiting(b""));
+        let stat = b"12 (a) Z 9 ) x) D 1 2 3 4 5 4228 0 0 0 0 1 1 0 0 20 0 17 0 99";
+        assert_eq!(state_and_threads(stat), Some((b'D', 17)));
+    }
+
+    #[test]
+    fn waits_for_locks_are_told_from_other_waits() {
+        assert!(waits_for_lock(
+            b"[<0>] fuse_file_write_iter+0x31f/0x500\n[<0>] vfs_write+0x22f/0x450\n"
+        ));
+        assert!(waits_for_lock(
+            b"[<0>] open_last_lookups+0x1/0x2\n[<0>] path_openat+0x88/0x290\n"
+        ));
+        assert!(waits_for_lock(b""), "not shown");
+        assert!(!waits_for_lock(
+            b"[<0>] request_wait_answer+0x13b/0x210\n[<0>] __fuse_simple_request+0xd8\n"
+        ));
+        assert!(!waits_for_lock(
+            b"[<0>] folio_wait_bit_common+0x1/0x2\n[<0>] vfs_read+0x3/0x4\n"
+        ));
+        assert!(is_blocked(b"Name:\tx\nState:\tD (disk sleep)\n"));
+        assert!(!is_blocked(b"Name:\tState:\tD\nState:\tS (sleeping)\n"));
     }
 
     #[test]

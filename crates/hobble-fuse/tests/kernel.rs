@@ -301,32 +301,70 @@ fn releasing_and_bypassing_let_everything_go_on_normally() {
 }
 
 #[test]
-fn killing_a_waiter_behind_an_inode_lock_ends_the_wait_of_its_holder() {
+fn killing_a_writer_behind_an_inode_lock_ends_the_wait_of_its_holder() {
     let mounted = Mounted::new();
     mounted.fs.exclusive.store(true, Ordering::Relaxed);
     // A write that extends the file holds its lock exclusively, whatever FOPEN_PARALLEL_DIRECT_WRITES says.
     let mut holder = parked_for_a_minute(&mounted, Deed::Append, Opcode::Write);
     let mut waiter = Victim::start(&mounted, Deed::Append, "f");
-    let pid = waiter.pid();
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(
+        mounted.fs.lot.parked(),
+        1,
+        "a wait ended although nobody was killed"
+    );
+    waiter.child.signal(Signal::KILL);
+    let (taken, _) = waiter.child.wait();
+    println!("freed after {taken:?}");
+    assert!(taken < FREED, "it took {taken:?}");
+    assert_eq!(holder.line(), "Ok(8)");
+}
+
+#[test]
+fn killing_a_creator_behind_a_parked_lookup_ends_the_wait_of_the_lookup() {
+    let mounted = Mounted::new();
+    *mounted.fs.ttl.lock().unwrap() = Duration::from_hours(1);
+    mounted.fs.add("f", Mode::Direct, b"");
+    mounted.fs.add("g", Mode::Direct, b"");
+    // The names that both need are cached, so that only the new ones are looked up slowly.
+    assert!(
+        std::fs::exists(mounted.path("f")).unwrap() && std::fs::exists(mounted.path("g")).unwrap()
+    );
+    mounted
+        .fs
+        .delay(Opcode::Lookup, Delay::For(Duration::from_mins(1)));
+    let mut holder = Victim::start(&mounted, Deed::StatNext, "f");
+    mounted.fs.wait_parked(1);
+    let mut waiter = Victim::start(&mounted, Deed::CreateNext, "g");
+    std::thread::sleep(Duration::from_millis(200));
+    waiter.child.signal(Signal::KILL);
+    let (taken, _) = waiter.child.wait();
+    println!("freed after {taken:?}");
+    assert!(taken < FREED, "it took {taken:?}");
+    assert_eq!(holder.line(), "Ok(false)");
+}
+
+#[test]
+fn a_probe_of_ones_own_replaces_the_search() {
+    let mounted = Mounted::new();
+    let holder = parked_for_a_minute(&mounted, Deed::Append, Opcode::Write);
+    assert!(mounted.fs.lot.parked() == 1);
+    let tid = holder.tid.cast_unsigned();
+    drop(holder);
+    mounted.fs.exclusive.store(true, Ordering::Relaxed);
+    let start = Instant::now();
     mounted.fs.lot.set_probe(move |holders| {
-        let killed = std::fs::read_to_string(format!("/proc/{pid}/status")).is_ok_and(|status| {
-            status
-                .lines()
-                .filter_map(|line| line.strip_prefix("ShdPnd:\t"))
-                .any(|mask| u64::from_str_radix(mask, 16).unwrap() & 1 << (libc::SIGKILL - 1) != 0)
-        });
-        if killed {
+        assert!(holders.iter().all(|holder| holder.caller.tid.0 != tid));
+        let late = start.elapsed() > Duration::from_millis(200);
+        if late {
             holders.iter().map(|holder| holder.unique).collect()
         } else {
             Vec::new()
         }
     });
-    std::thread::sleep(Duration::from_millis(100));
-    assert_eq!(mounted.fs.lot.parked(), 1);
-    waiter.child.signal(Signal::KILL);
-    let (taken, _) = waiter.child.wait();
-    assert!(taken < FREED, "it took {taken:?}");
+    let mut holder = Victim::start(&mounted, Deed::Append, "f");
     assert_eq!(holder.line(), "Ok(8)");
+    assert!(start.elapsed() > Duration::from_millis(200));
 }
 
 /// Ten thousand requests of the kernel at once: asynchronous direct reads, the kind that gets no INTERRUPT.

@@ -52,7 +52,7 @@ fn parked(
         deadline,
         since: start,
         tid: unique as u32 + 100,
-        exclusive: false,
+        exclusive: unique == 0,
         payload: Payload(unique, Arc::clone(done)),
     }
 }
@@ -130,7 +130,11 @@ fn every_request_is_carried_on_with_exactly_once() {
             for count in done.iter() {
                 assert_eq!(count.load(Ordering::SeqCst), 1);
             }
-            assert_eq!(table.counts(), (0, 0));
+            let counts = table.counts();
+            assert_eq!(
+                (counts.parked, counts.interrupted, counts.exclusive),
+                (0, 0, 0)
+            );
             // Every INTERRUPT that found nothing is given back to the kernel in the end.
             let (_, more) = table.stale_interrupts(late);
             assert!(!more);
@@ -189,7 +193,7 @@ fn nothing_is_parked_once_the_lot_lets_everything_pass() {
                 .release(|_| true)
                 .into_iter()
                 .for_each(Payload::finish);
-            assert_eq!(table.counts().0, 0);
+            assert_eq!(table.counts().parked, 0);
             parker.join().unwrap();
             for count in done.iter() {
                 assert_eq!(count.load(Ordering::SeqCst), 1);

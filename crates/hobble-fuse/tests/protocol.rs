@@ -213,6 +213,11 @@ fn a_panic_costs_one_request_which_gets_eio() {
     }
     kernel.send(Opcode::Statfs as u32, 10, &[]);
     assert_eq!(kernel.answer().error, 0);
+    // A panic is counted after its reply was sent.
+    let end = Instant::now() + Duration::from_secs(5);
+    while server.metrics().panics < 3 && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     let metrics = server.metrics();
     assert_eq!(
         (metrics.panics, metrics.replies_dropped, metrics.readers),

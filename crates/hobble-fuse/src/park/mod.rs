@@ -12,6 +12,7 @@
 //! get no INTERRUPT at all (asynchronous direct I/O, readahead) are looked at in turn. A thread inside `exit` gets no
 //! signal any more, so its requests (FLUSH) are not parked at all.
 
+mod stuck;
 mod table;
 mod workers;
 
@@ -32,7 +33,8 @@ use crate::procfs::{Fate, Proc};
 use crate::reply::Reply;
 use crate::request::Request;
 use crate::server::Interrupt;
-use table::{Interrupted, Outcome, Parked, Table};
+use stuck::Stuck;
+use table::{Counts, Interrupted, Outcome, Parked, Table};
 use workers::Workers;
 
 /// How often callers that have a signal pending are looked at, and at most how often the whole system is.
@@ -58,7 +60,8 @@ pub enum Wake {
 pub struct Wait {
     /// Until when; `None` until released.
     pub until: Option<Instant>,
-    /// The caller holds an inode's lock exclusively meanwhile, so that others queue up behind it, unkillable.
+    /// The caller holds a lock meanwhile behind which others queue up, unkillable. Set by the lot itself for all operations
+    /// that always do; a WRITE only does when it extends the file or its handle lacks PARALLEL_DIRECT_WRITES.
     pub exclusive: bool,
 }
 
@@ -251,7 +254,7 @@ impl Lot {
             deadline: wait.until,
             since: Instant::now(),
             tid: tid.0,
-            exclusive: wait.exclusive,
+            exclusive: wait.exclusive || request.opcode().is_some_and(holds_lock),
             payload: Waiting {
                 request: request.into_compact(),
                 reply,
@@ -265,9 +268,9 @@ impl Lot {
                 shared.look_at(unique.0, tid);
                 shared.bell.ring();
             }
-            Outcome::Parked { sooner, .. } => {
-                // The first of all also starts the polling.
-                if sooner || shared.table.counts().0 == 1 {
+            Outcome::Parked { sooner, first, .. } => {
+                // The first of all, or the first that holds a lock, also starts the polling.
+                if sooner || first {
                     shared.bell.ring();
                 }
             }
@@ -339,12 +342,13 @@ impl Lot {
     /// Number of requests parked.
     #[must_use]
     pub fn parked(&self) -> usize {
-        self.shared().table.counts().0
+        self.shared().table.counts().parked
     }
 
-    /// Whoever queues for the lock of an inode cannot be killed while its holder is parked: not even SIGKILL takes a thread out
-    /// of the kernel's `inode_lock`. `probe` gets the parked requests that hold such a lock ([`Wait::exclusive`]) for
-    /// longer than [`POLL`], at most once per [`POLL`], and names those whose wait shall end because somebody behind them was killed.
+    /// Whoever queues for a lock that the caller of a parked request holds cannot be killed meanwhile: not even SIGKILL takes a
+    /// thread out of the kernel's `inode_lock`. So while such requests have been parked for longer than [`POLL`], the lot looks
+    /// for killed threads that wait for a lock, and if there is one, all of these requests are carried on with. `probe` replaces
+    /// that search where more is known: it gets the requests, at most once per [`POLL`], and names those that shall go on.
     pub fn set_probe(&self, probe: impl Fn(&[Holder]) -> Vec<Unique> + Send + Sync + 'static) {
         *self
             .shared()
@@ -432,6 +436,7 @@ impl Shared {
     /// The timer thread.
     fn run(&self) {
         let mut due = Vec::new();
+        let mut stuck = Stuck::default();
         let mut last_look = Instant::now();
         let mut last_round = Instant::now();
         loop {
@@ -439,20 +444,23 @@ impl Shared {
             for waiting in due.drain(..) {
                 self.submit(waiting, Wake::Deadline);
             }
-            let (parked, interrupted) = self.table.counts();
+            let Counts {
+                parked,
+                interrupted,
+                exclusive,
+            } = self.table.counts();
             let now = Instant::now();
             let (stale, more_early) = self
                 .table
                 .stale_interrupts(now.checked_sub(EARLY).unwrap_or(now));
             stale.into_iter().for_each(Interrupt::again);
-            let probing = parked > 0 && self.has_probe();
             if now.duration_since(last_look) >= POLL {
                 last_look = now;
                 if interrupted > 0 {
                     self.look_at_all(&self.table.interrupted());
                 }
-                if probing {
-                    self.probe(now);
+                if exclusive > 0 {
+                    self.look_behind(now, &mut stuck);
                 }
             }
             if parked > 0 && now.duration_since(last_round) >= IDLE_POLL {
@@ -462,7 +470,7 @@ impl Shared {
             let mut until = next;
             let mut no_later_than =
                 |at: Instant| until = Some(until.map_or(at, |until| until.min(at)));
-            if interrupted > 0 || probing {
+            if interrupted > 0 || exclusive > 0 {
                 no_later_than(last_look + POLL);
             }
             if parked > 0 {
@@ -488,22 +496,8 @@ impl Shared {
         }
     }
 
-    fn has_probe(&self) -> bool {
-        self.probe
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_some()
-    }
-
-    fn probe(&self, now: Instant) {
-        let Some(probe) = self
-            .probe
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-        else {
-            return;
-        };
+    /// Lets go on whoever holds a lock that a killed thread waits for.
+    fn look_behind(&self, now: Instant, stuck: &mut Stuck) {
         let mut holders = Vec::new();
         self.table
             .holders(now.checked_sub(POLL).unwrap_or(now), |unique, parked| {
@@ -517,10 +511,52 @@ impl Shared {
         if holders.is_empty() {
             return;
         }
-        for unique in probe(&holders) {
+        let probe = self
+            .probe
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let chosen = if let Some(probe) = probe {
+            probe(&holders)
+        } else if stuck.is_due(now) && stuck.scan(&self.proc, &self.table.tids()) {
+            holders.iter().map(|holder| holder.unique).collect()
+        } else {
+            return;
+        };
+        for unique in chosen {
             if let Some(waiting) = self.table.take(unique.0) {
                 self.submit(waiting, Wake::Released);
             }
         }
     }
+}
+
+/// Operations during which the kernel holds an inode's lock, shared or exclusive, or has others wait for the same lookup:
+/// fs/namei.c, fs/open.c, fs/xattr.c, fs/readdir.c, fs/fuse/dir.c and fs/fuse/file.c of Linux 6.18.
+const fn holds_lock(opcode: Opcode) -> bool {
+    matches!(
+        opcode,
+        Opcode::Lookup
+            | Opcode::Create
+            | Opcode::Tmpfile
+            | Opcode::Mknod
+            | Opcode::Mkdir
+            | Opcode::Symlink
+            | Opcode::Link
+            | Opcode::Unlink
+            | Opcode::Rmdir
+            | Opcode::Rename
+            | Opcode::Rename2
+            | Opcode::Setattr
+            | Opcode::Setxattr
+            | Opcode::Removexattr
+            | Opcode::Fsync
+            | Opcode::Fsyncdir
+            | Opcode::Fallocate
+            | Opcode::CopyFileRange
+            | Opcode::CopyFileRange64
+            | Opcode::Readdir
+            | Opcode::Readdirplus
+            | Opcode::Lseek
+    )
 }

@@ -5,7 +5,7 @@
 //! remembered until the request is parked or given back to the kernel. The table reads no clock and starts no thread, so that
 //! `tests/park_model.rs` runs this very file under a scheduler that tries interleavings.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::PoisonError;
 use std::time::Instant;
 
@@ -19,7 +19,7 @@ pub(crate) struct Parked<T> {
     pub(crate) since: Instant,
     /// The calling thread.
     pub(crate) tid: u32,
-    /// The caller holds an inode's lock exclusively meanwhile.
+    /// The caller holds a lock meanwhile that others may queue for.
     pub(crate) exclusive: bool,
     /// Request, reply and what to do with them.
     pub(crate) payload: T,
@@ -27,10 +27,25 @@ pub(crate) struct Parked<T> {
 
 /// What came of parking a request.
 pub(crate) enum Outcome<T> {
-    /// It waits. `sooner`: its deadline is now the first of all. `interrupted`: an INTERRUPT for it had come before.
-    Parked { sooner: bool, interrupted: bool },
+    /// It waits. `sooner`: its deadline is now the first of all. `first`: there was none before, or none that holds a lock.
+    /// `interrupted`: an INTERRUPT for it had come before.
+    Parked {
+        sooner: bool,
+        first: bool,
+        interrupted: bool,
+    },
     /// Nothing is parked at present: go on at once.
     Bypassed(T),
+}
+
+/// How many requests there are.
+pub(crate) struct Counts {
+    /// Parked.
+    pub(crate) parked: usize,
+    /// Of these, those whose INTERRUPT has come.
+    pub(crate) interrupted: usize,
+    /// Of these, those that hold a lock.
+    pub(crate) exclusive: usize,
 }
 
 /// What an INTERRUPT meant.
@@ -55,6 +70,8 @@ struct Inner<T, I, C> {
     interrupted: BTreeSet<u64>,
     early: HashMap<u64, (Instant, I)>,
     hooks: HashMap<u64, C>,
+    /// Parked requests that hold a lock.
+    exclusive: usize,
     bypass: bool,
     /// Where the slow round over all parked requests goes on.
     round: u64,
@@ -67,6 +84,7 @@ impl<T, I, C> Inner<T, I, C> {
             self.deadlines.remove(&(deadline, unique));
         }
         self.interrupted.remove(&unique);
+        self.exclusive -= usize::from(parked.exclusive);
         Some(parked)
     }
 }
@@ -80,6 +98,7 @@ impl<T, I, C> Table<T, I, C> {
                 interrupted: BTreeSet::new(),
                 early: HashMap::new(),
                 hooks: HashMap::new(),
+                exclusive: 0,
                 bypass: false,
                 round: 0,
             }),
@@ -108,9 +127,12 @@ impl<T, I, C> Table<T, I, C> {
         if interrupted {
             inner.interrupted.insert(unique);
         }
+        let first = inner.parked.is_empty() || (parked.exclusive && inner.exclusive == 0);
+        inner.exclusive += usize::from(parked.exclusive);
         inner.parked.insert(unique, parked);
         Outcome::Parked {
             sooner,
+            first,
             interrupted,
         }
     }
@@ -185,10 +207,23 @@ impl<T, I, C> Table<T, I, C> {
         self.lock().bypass = on;
     }
 
-    /// Number of parked requests, and of those to be polled at every tick.
-    pub(crate) fn counts(&self) -> (usize, usize) {
+    /// How many there are.
+    pub(crate) fn counts(&self) -> Counts {
         let inner = self.lock();
-        (inner.parked.len(), inner.interrupted.len())
+        Counts {
+            parked: inner.parked.len(),
+            interrupted: inner.interrupted.len(),
+            exclusive: inner.exclusive,
+        }
+    }
+
+    /// The callers of all parked requests.
+    pub(crate) fn tids(&self) -> HashSet<u32> {
+        self.lock()
+            .parked
+            .values()
+            .map(|parked| parked.tid)
+            .collect()
     }
 
     /// Requests whose INTERRUPT has come, with their threads.
@@ -233,7 +268,7 @@ impl<T, I, C> Table<T, I, C> {
             .collect()
     }
 
-    /// Calls `see` for every parked request that holds an inode's lock since before `before`.
+    /// Calls `see` for every parked request that holds a lock and was parked before `before`.
     pub(crate) fn holders(&self, before: Instant, mut see: impl FnMut(u64, &Parked<T>)) {
         for (&unique, parked) in &self.lock().parked {
             if parked.exclusive && parked.since <= before {

@@ -24,17 +24,23 @@ pub(crate) enum Deed {
     Exit,
     /// Writes beyond the end of the file.
     Append,
+    /// Creates a file next to the one it has opened.
+    CreateNext,
+    /// Asks for the attributes of a file next to the one it has opened.
+    StatNext,
     /// Opens a file and says how long one read takes.
     TimedRead,
 }
 
 impl Deed {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 8] = [
         Self::Read,
         Self::ReadWithAlarm,
         Self::Close,
         Self::Exit,
         Self::Append,
+        Self::CreateNext,
+        Self::StatNext,
         Self::TimedRead,
     ];
 
@@ -64,7 +70,7 @@ impl Victim {
             .stdin(Stdio::null())
             .stdout(Stdio::piped());
         sys::inherit(&mut command, mounted.mount.as_fd());
-        let mut child = Child(command.spawn().unwrap());
+        let mut child = Child(command.spawn().unwrap(), mounted.connection);
         let out = BufReader::new(child.0.stdout.take().unwrap());
         let mut victim = Self { child, out, tid: 0 };
         victim.tid = victim.line().parse().unwrap();
@@ -128,6 +134,14 @@ pub(crate) fn main() {
             println!("{MARK}closed");
         }
         Deed::Exit => std::mem::forget(file),
+        Deed::CreateNext => {
+            let result = std::fs::File::create_new(format!("{path}.next"));
+            println!("{MARK}{}", result.is_ok());
+        }
+        Deed::StatNext => {
+            let result = std::fs::exists(format!("{path}.next"));
+            println!("{MARK}{result:?}");
+        }
         Deed::Append => {
             let result = file.write_at(b"appended", 1 << 20);
             println!("{MARK}{result:?}");
