@@ -6,8 +6,8 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use hobble_rules::spec::{self, Document};
-use hobble_rules::{Diagnostic, Experiment, Severity, Source};
+use hobble_rules::spec::Document;
+use hobble_rules::{Diagnostic, Experiment, Source};
 
 use crate::fail::{Fail, Mistake, Outcome};
 
@@ -78,46 +78,14 @@ pub(crate) fn load(file: Option<&Path>, faults: &[String]) -> Result<Option<Load
     if file.is_none() && faults.is_empty() {
         return Ok(None);
     }
-    let mut wrong = Vec::new();
     let source = match file {
         None => "--fault".to_owned(),
         Some(path) if path == Path::new("-") => "standard input".to_owned(),
         Some(path) => path.display().to_string(),
     };
-    let mut document = match file {
-        None => Document::with_rules(Vec::new()),
-        Some(path) => {
-            let text = read(path).map_err(LoadError::Unreadable)?;
-            spec::parse(&text).unwrap_or_else(|diagnostics| {
-                wrong.extend(
-                    diagnostics
-                        .into_iter()
-                        .map(|diagnostic| (source.clone(), diagnostic)),
-                );
-                Document::with_rules(Vec::new())
-            })
-        }
-    };
-    if !faults.is_empty() {
-        match hobble_rules::fault_flag::parse_all(faults) {
-            Ok(added) => document.rules.extend(added.rules),
-            Err(diagnostics) => {
-                wrong.extend(
-                    diagnostics
-                        .into_iter()
-                        .map(|diagnostic| ("--fault".to_owned(), diagnostic)),
-                );
-            }
-        }
-    }
-    if !wrong.is_empty() {
-        return Err(LoadError::Wrong(Wrong {
-            source,
-            diagnostics: wrong,
-        }));
-    }
-    match hobble_rules::check(&document) {
-        Ok(experiment) => Ok(Some(Loaded {
+    let text = file.map(read).transpose().map_err(LoadError::Unreadable)?;
+    match hobble_rules::load_all(text.as_deref(), faults) {
+        Ok((document, experiment)) => Ok(Some(Loaded {
             document,
             experiment,
             source,
@@ -125,7 +93,6 @@ pub(crate) fn load(file: Option<&Path>, faults: &[String]) -> Result<Option<Load
         Err(diagnostics) => Err(LoadError::Wrong(Wrong {
             diagnostics: diagnostics
                 .into_iter()
-                .filter(|diagnostic| diagnostic.severity == Severity::Error)
                 .map(|diagnostic| (source.clone(), diagnostic))
                 .collect(),
             source,

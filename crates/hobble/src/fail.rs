@@ -10,6 +10,9 @@ use hobble_attach::AttachError;
 
 use crate::out::Out;
 
+/// More mistakes than this tell nobody anything; `hobble check --json` has them all.
+const MISTAKES_SHOWN: usize = 50;
+
 /// One of several mistakes found together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Mistake {
@@ -74,6 +77,7 @@ impl Fail {
     pub(crate) fn mistakes(mistakes: Vec<Mistake>) -> Self {
         let all: Vec<&str> = mistakes
             .iter()
+            .take(MISTAKES_SHOWN)
             .map(|mistake| mistake.text.as_str())
             .collect();
         let mut fail = Self::usage(all.join("; "));
@@ -131,11 +135,14 @@ impl Fail {
 
     /// Prints it: for people on standard error, and with `--json` as a `failed` event on standard output.
     pub(crate) fn report(&self, out: &mut Out) {
-        for mistake in &self.mistakes {
+        for mistake in self.mistakes.iter().take(MISTAKES_SHOWN) {
             out.error("error:", &mistake.text);
             if let Some(hint) = &mistake.hint {
                 out.note("hint:", hint);
             }
+        }
+        if let Some(more @ 1..) = self.mistakes.len().checked_sub(MISTAKES_SHOWN) {
+            out.note("note:", &format!("and {more} more"));
         }
         if self.mistakes.is_empty() {
             let mut chain = self.error.chain();
@@ -178,5 +185,45 @@ impl From<AttachError> for Fail {
             told: false,
             error: anyhow::Error::new(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_mistakes_are_cut_short() {
+        let mistake = |number| Mistake {
+            text: format!("mistake {number}."),
+            hint: None,
+        };
+        let fail = Fail::mistakes((0..MISTAKES_SHOWN + 5).map(mistake).collect());
+        assert_eq!(fail.code(), 2);
+        assert_eq!(
+            fail.as_failed().cause.matches("mistake").count(),
+            MISTAKES_SHOWN
+        );
+    }
+
+    #[test]
+    fn the_event_has_the_whole_chain() {
+        let cause = std::io::Error::from_raw_os_error(2);
+        let fail = Fail::failed(cause)
+            .context("cannot read x")
+            .step("journal")
+            .hint("look")
+            .needing_recovery();
+        let failed = fail.as_failed();
+        assert_eq!(
+            failed.cause,
+            "cannot read x: No such file or directory (os error 2)"
+        );
+        assert_eq!(
+            (failed.step.as_str(), failed.hint.as_deref()),
+            ("journal", Some("look"))
+        );
+        assert!(!failed.rolled_back);
+        assert_eq!(fail.code(), 5);
     }
 }
