@@ -40,6 +40,7 @@ pub(crate) fn run(args: &Recover, global: &Global, out: &mut Out) -> Outcome<()>
     let signals = Signals::install()?;
     let news = start(global, which, args.force)?;
     let mut incomplete = Vec::new();
+    let mut said = false;
     let mut seen = 0;
     loop {
         if signals.count() > seen {
@@ -50,10 +51,17 @@ pub(crate) fn run(args: &Recover, global: &Global, out: &mut Out) -> Outcome<()>
             );
         }
         match news.recv_timeout(LOOK) {
-            Ok(News::Event(event)) => tell(&event, &mut incomplete, args.all, out),
+            Ok(News::Event(event)) => {
+                said |= matches!(event.kind, EventKind::Recovered(_));
+                tell(&event, &mut incomplete, args.all, out);
+            }
             Ok(News::Done(result)) => {
                 out.progress_done();
                 result?;
+                if !said {
+                    // The server was gone before it could be asked how it went.
+                    out.line("recovered: everything is back");
+                }
                 break;
             }
             Err(RecvTimeoutError::Timeout) => out.progress(Instant::now(), "recovering"),
@@ -85,8 +93,8 @@ fn start(global: &Global, which: Which, force: bool) -> Outcome<Receiver<News>> 
         .name("recover".to_owned())
         .spawn(move || {
             // The other end lives until it has heard that this is done.
-            let result = hobble_attach::recover(&state_dir, which, force, &mut |event| {
-                let _ = sender.send(News::Event(Box::new(event)));
+            let result = hobble_attach::recover(&state_dir, &which, force, &mut |event| {
+                let _ = sender.send(News::Event(Box::new(event.clone())));
             });
             let _ = sender.send(News::Done(result));
         })
