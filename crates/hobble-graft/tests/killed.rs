@@ -3,11 +3,12 @@
 mod target;
 
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use hobble_graft::census::Census;
+use hobble_graft::census::{Census, DescriptionId, FsId, MappedFile, MappedFileId};
 use hobble_graft::ids::{Pid, ProcessId};
 use hobble_graft::remote::{self, Residue};
 use hobble_graft::stop::{Deadline, Tracer};
@@ -15,7 +16,6 @@ use hobble_graft::switch::{NoHandover, Step, StepLog, Switch, SwitchFailed};
 use target::Target;
 use target::volume::{Side, Volume};
 
-const ROUNDS: usize = 240;
 
 /// Writes and reads through moved descriptors, checks its mappings, sleeps, waits and takes signals, all the while, and counts its rounds
 /// where the test can see them.
@@ -88,33 +88,88 @@ fn budget() -> Deadline {
     Deadline::after(Duration::from_secs(5))
 }
 
-struct ToFile(std::fs::File);
+/// Writes down what would be left, and kills its own process at the step it is told.
+struct ToFile {
+    file: std::fs::File,
+    dies_at: Option<u32>,
+    steps: u32,
+}
+
+fn die() -> ! {
+    let own = rustix::process::getpid();
+    rustix::process::kill_process(own, rustix::process::Signal::KILL).unwrap();
+    unreachable!("survived SIGKILL");
+}
 
 impl StepLog for ToFile {
     fn step(&mut self, step: &Step) -> std::io::Result<()> {
         if let Step::Borrow(residue) = step {
-            writeln!(self.0, "{}", serde_json::to_string(residue).unwrap())?;
+            writeln!(self.file, "{}", serde_json::to_string(residue).unwrap())?;
+        }
+        self.steps += 1;
+        if self.dies_at == Some(self.steps) {
+            die();
         }
         Ok(())
     }
 }
 
-fn switch<'c>(volume: &Volume, census: &'c Census, side: Side) -> Switch<'c> {
-    use rustix::fs::OFlags;
-    let mut switch = Switch::new(census);
-    for description in census.descriptions() {
-        switch.description(description.id, volume.stand_in(description, side));
-    }
-    for file in census.mapped_files() {
-        let access = if file.is_writable { OFlags::RDWR } else { OFlags::RDONLY };
-        switch.mapped_file(file.id, volume.open(&volume.relative(&file.facts), access, side));
-    }
-    for fs in census.fs_structs() {
-        if let Some(cwd) = &fs.cwd {
-            switch.working_directory(fs.id, volume.open(&volume.relative(&cwd.facts), OFlags::PATH | OFlags::DIRECTORY, side));
+/// What to put in place, opened while the target runs.
+struct StandIns {
+    descriptions: Vec<(DescriptionId, OwnedFd)>,
+    files: Vec<(MappedFileId, OwnedFd)>,
+    directories: Vec<(FsId, OwnedFd)>,
+}
+
+impl StandIns {
+    fn open(volume: &Volume, census: &Census, side: Side) -> Self {
+        use rustix::fs::OFlags;
+        let access = |file: &MappedFile| if file.is_writable { OFlags::RDWR } else { OFlags::RDONLY };
+        let directory = OFlags::PATH | OFlags::DIRECTORY;
+        Self {
+            descriptions: census.descriptions().map(|d| (d.id, volume.stand_in(d, side))).collect(),
+            files: census
+                .mapped_files()
+                .iter()
+                .map(|f| (f.id, volume.open(&volume.relative(&f.facts), access(f), side)))
+                .collect(),
+            directories: census
+                .fs_structs()
+                .iter()
+                .filter_map(|fs| Some((fs.id, volume.open(&volume.relative(&fs.cwd.as_ref()?.facts), directory, side))))
+                .collect(),
         }
     }
-    switch
+
+    fn into_switch(self, census: &Census) -> Switch<'_> {
+        let mut switch = Switch::new(census);
+        self.descriptions.into_iter().for_each(|(id, fd)| switch.description(id, fd));
+        self.files.into_iter().for_each(|(id, fd)| switch.mapped_file(id, fd));
+        self.directories.into_iter().for_each(|(id, fd)| switch.working_directory(id, fd));
+        switch
+    }
+}
+
+/// A process that shares our descriptors but not our memory, as the holder of an attachment does: the target's socket then sees no end of file
+/// when we are killed. It ends after five seconds.
+fn share_descriptors() {
+    #[allow(unsafe_code)]
+    mod sys {
+        pub fn holder() {
+            // SAFETY: the child has a copy of our memory and only makes system calls.
+            let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES | libc::SIGCHLD, 0, 0, 0, 0) };
+            if pid == 0 {
+                // SAFETY: takes a number.
+                unsafe { libc::alarm(5) };
+                loop {
+                    // SAFETY: takes nothing.
+                    unsafe { libc::pause() };
+                }
+            }
+            assert!(pid > 0);
+        }
+    }
+    sys::holder();
 }
 
 /// Moves everything of a process to and fro until it is killed. Not a test: the body of the process that is killed.
@@ -126,16 +181,24 @@ fn mover() {
     let id = ProcessId::of(Pid::new(pid.parse().unwrap()).unwrap()).unwrap();
     let volume = Volume::at(Path::new(&directory));
     let log = std::fs::File::options().append(true).create(true).open(log).unwrap();
-    let mut log = ToFile(log);
+    let dies_at: Option<u32> = std::env::var("HOBBLE_MOVER_DIES").ok().map(|n| n.parse().unwrap());
+    let mut log = ToFile { file: log, dies_at, steps: 0 };
+    if std::env::var_os("HOBBLE_MOVER_HOLDER").is_some() {
+        share_descriptors();
+    }
     for round in 0.. {
         let side = if round % 2 == 0 { Side::Clone } else { Side::Native };
         // Which descriptors and mappings there are does not change; positions do, and are looked at while the target stands still.
         let mut census = volume.census(&[id]);
+        let stand_ins = StandIns::open(&volume, &census, side);
         println!("mover moves");
         let result = Tracer::scope(|tracer| -> Result<(), hobble_graft::stop::StopError> {
             let mut stopped = tracer.stop_all(&[id], budget())?;
+            if dies_at == Some(0) {
+                die();
+            }
             volume.rescan(&mut census, &[id]);
-            let switch = switch(&volume, &census, side);
+            let switch = stand_ins.into_switch(&census);
             let result: Result<_, SwitchFailed> = switch.apply(&mut stopped, budget(), &mut log, &mut NoHandover);
             let released = stopped.release();
             result.unwrap_or_else(|error| panic!("round {round}: {error:?} {released:?}"));
@@ -148,6 +211,28 @@ fn mover() {
 
 #[test]
 fn the_mover_is_killed_at_random_instants() {
+    kill_movers(240, How::AtRandom);
+}
+
+#[test]
+fn the_mover_is_killed_while_a_holder_keeps_its_descriptors() {
+    kill_movers(6, How::WithHolder);
+}
+
+#[test]
+fn the_mover_dies_at_each_step() {
+    kill_movers(40, How::AtSteps);
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum How {
+    AtRandom,
+    WithHolder,
+    /// When everything stands still, and at each of the four steps.
+    AtSteps,
+}
+
+fn kill_movers(rounds: usize, how: How) {
     let directory = tempfile::tempdir().unwrap();
     let elsewhere = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("data"), vec![7; 131_072]).unwrap();
@@ -170,26 +255,35 @@ fn the_mover_is_killed_at_random_instants() {
         random
     };
     let (mut rounds_seen, mut cleaned, mut longest) = (0, 0, Duration::ZERO);
-    for kill in 0..ROUNDS {
+    for kill in 0..rounds {
         let mut mover = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "mover", "--nocapture"])
             .env("HOBBLE_MOVER_PID", target.pid().to_string())
             .env("HOBBLE_MOVER_DIRECTORY", directory.path())
             .env("HOBBLE_MOVER_LOG", &log)
+            .envs((how == How::WithHolder).then_some(("HOBBLE_MOVER_HOLDER", "1")))
+            .envs(match how {
+                How::AtRandom => None,
+                How::AtSteps => Some(("HOBBLE_MOVER_DIES", (kill % 5).to_string())),
+                // The steps after the first are announced while the thread waits for a word from us.
+                How::WithHolder => Some(("HOBBLE_MOVER_DIES", (2 + kill % 3).to_string())),
+            })
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(mover.stdout.take().unwrap()).lines().map_while(Result::ok);
-        for _ in 0..=next() % 3 {
+        let moves_before = if how == How::AtRandom { next() % 3 } else { 0 };
+        for moves in 0..=moves_before {
             assert!(lines.any(|line| line.contains("mover moves")), "the mover did not start");
+            rounds_seen += usize::from(moves > 0);
         }
-        std::thread::sleep(Duration::from_micros(next() % 25_000));
-        mover.kill().unwrap();
+        if how == How::AtRandom {
+            std::thread::sleep(Duration::from_micros(next() % 9_000));
+            mover.kill().unwrap();
+        }
         let killed = Instant::now();
         let status = mover.wait().unwrap();
-        let seen = lines.filter(|line| line.starts_with("round")).count();
         assert!(!status.success() && std::os::unix::process::ExitStatusExt::signal(&status) == Some(9), "kill {kill}: {status}");
-        rounds_seen += seen;
         let before = beats();
         target.until("all threads go on", |_| beats().iter().zip(&before).take(3).all(|(now, then)| now > then));
         longest = longest.max(killed.elapsed());
@@ -205,8 +299,11 @@ fn the_mover_is_killed_at_random_instants() {
             assert_eq!(remote::clean(&residue, budget()).unwrap(), remote::Cleaned::Nothing);
         }
     }
-    eprintln!("{ROUNDS} kills, {rounds_seen} whole moves in between, code left behind {cleaned} times, longest way back {longest:?}, EINTR of epoll_wait {} times", beats()[4]);
-    assert!(beats()[4] < ROUNDS as u64 / 20, "EINTR is to be a rare accident of a killed mover");
+    eprintln!("{rounds} kills, {rounds_seen} whole moves in between, code left behind {cleaned} times, longest way back {longest:?}, EINTR of epoll_wait {} times", beats()[4]);
+    match how {
+        How::AtSteps | How::WithHolder => assert_eq!(beats()[4], 0, "EINTR although everything stood still"),
+        How::AtRandom => assert!(beats()[4] <= 1 + rounds as u64 / 5, "EINTR is to be an accident of movers killed during the stop"),
+    }
     assert!(cleaned > 0, "no kill hit a borrowed thread");
     // Every record was written once, in order.
     let written = beats()[0];

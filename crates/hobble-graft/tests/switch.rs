@@ -2,6 +2,7 @@
 
 mod target;
 
+use std::process::Command;
 use std::time::Duration;
 
 use hobble_graft::census::Census;
@@ -135,4 +136,397 @@ fn descriptors_move_there_and_back_in_one_stop() {
         stops.sort();
         eprintln!("{count} descriptors: stood still {:?} (median), {:?} to {:?}", stops[stops.len() / 2], stops[0], stops[stops.len() - 1]);
     }
+}
+
+#[test]
+fn processes_that_share_a_position_go_on_sharing_it() {
+    let volume = Volume::new();
+    let path = volume.file("data", &content(8192));
+    let mut target = Target::c_with(
+        "family",
+        r#"
+        int main(int argc, char **argv) {
+            int shared = open(argv[1], O_RDWR), turn[8];
+            check(shared >= 0 && pipe(turn) == 0 && pipe(turn + 2) == 0 && pipe(turn + 4) == 0 && pipe(turn + 6) == 0);
+            for (int child = 0; child < 3; child++) {
+                if (fork() == 0) {
+                    prctl(PR_SET_PDEATHSIG, SIGKILL);
+                    int own = open(argv[1], O_RDONLY | O_CLOEXEC); check(own >= 0 && lseek(own, child, SEEK_SET) == child);
+                    for (char c;;) {
+                        if (read(turn[2 * child], &c, 1) != 1) _exit(0);
+                        check(lseek(shared, 10, SEEK_CUR) > 0);
+                        check(lseek(own, 0, SEEK_CUR) == child && fcntl(own, F_GETFD) == FD_CLOEXEC);
+                        check(write(turn[7], "x", 1) == 1);
+                    }
+                }
+            }
+            ready();
+            for (int n = 1;; n++) {
+                wait_for_line();
+                char c;
+                for (int child = 0; child < 3; child++) check(write(turn[2 * child + 1], "x", 1) == 1 && read(turn[6], &c, 1) == 1);
+                check(lseek(shared, 0, SEEK_CUR) == 30 * n);
+                say("ok");
+            }
+        }
+        "#,
+        &[path.as_os_str()],
+    );
+    let mut processes = target.children();
+    processes.push(target.id());
+    assert_eq!(processes.len(), 4);
+    for round in 0..10 {
+        let side = if round % 2 == 0 { Side::Clone } else { Side::Native };
+        let (report, _) = move_all(&volume, &processes, side);
+        assert_eq!((report.descriptions, report.descriptors), (4, 7));
+        target.tell("check");
+        assert_eq!(target.line(), "ok");
+    }
+}
+
+#[test]
+fn threads_with_tables_and_directories_of_their_own() {
+    let volume = Volume::new();
+    let path = volume.file("data", &content(8192));
+    let mut target = Target::c_with(
+        "unshared",
+        r#"
+        #include <sched.h>
+        static char *path, *directory;
+        static volatile int round_, done;
+        static void *own(void *unused) {
+            (void)unused;
+            check(syscall(SYS_unshare, CLONE_FILES | CLONE_FS) == 0);
+            int fd = open(path, O_RDWR | O_CLOEXEC); check(fd >= 0 && lseek(fd, 77, SEEK_SET) == 77 && chdir(directory) == 0);
+            done = 1;
+            for (int seen = 0;;) {
+                while (round_ == seen) usleep(500);
+                seen = round_;
+                struct stat here, named; check(stat(".", &here) == 0 && stat(directory, &named) == 0 && here.st_ino == named.st_ino);
+                check(lseek(fd, 0, SEEK_CUR) == 77);
+                done = seen + 1;
+            }
+        }
+        int main(int argc, char **argv) {
+            path = argv[1]; directory = argv[2];
+            pthread_t t; check(pthread_create(&t, 0, own, 0) == 0);
+            while (!done) usleep(500);
+            int fd = open(path, O_RDONLY); check(fd >= 0 && lseek(fd, 5, SEEK_SET) == 5);
+            ready();
+            for (;;) {
+                wait_for_line();
+                check(lseek(fd, 0, SEEK_CUR) == 5);
+                round_++; while (done != round_ + 1) usleep(500);
+                say("ok");
+            }
+        }
+        "#,
+        &[path.as_os_str(), volume.path().as_os_str()],
+    );
+    for round in 0..10 {
+        let side = if round % 2 == 0 { Side::Clone } else { Side::Native };
+        let (report, _) = move_all(&volume, &[target.id()], side);
+        assert_eq!((report.descriptions, report.descriptors, report.directories), (2, 2, 1));
+        target.tell("check");
+        assert_eq!(target.line(), "ok");
+    }
+}
+
+#[test]
+fn working_and_root_directory() {
+    let volume = Volume::new();
+    volume.file("here", b"");
+    std::fs::create_dir(volume.path().join("below")).unwrap();
+    let mut target = Target::c_with(
+        "rooted",
+        r#"
+        int main(int argc, char **argv) {
+            check(chroot(argv[1]) == 0 && chdir("/below") == 0);
+            ready();
+            for (;;) {
+                wait_for_line();
+                char cwd[256]; check(getcwd(cwd, sizeof cwd) && strcmp(cwd, "/below") == 0);
+                check(access("/here", F_OK) == 0 && access("../here", F_OK) == 0 && access("../../here", F_OK) == 0);
+                say("ok");
+            }
+        }
+        "#,
+        &[volume.path().as_os_str()],
+    );
+    for round in 0..6 {
+        let side = if round % 2 == 0 { Side::Clone } else { Side::Native };
+        let (report, _) = move_all(&volume, &[target.id()], side);
+        assert_eq!(report.directories, 2);
+        target.tell("check");
+        assert_eq!(target.line(), "ok");
+    }
+}
+
+#[test]
+fn mappings_keep_content_protection_and_flags() {
+    let volume = Volume::new();
+    let path = volume.file("data", &vec![9; 1 << 20]);
+    let mut target = Target::c_with(
+        "mapped",
+        r#"
+        enum { N = 64, P = 4096 };
+        static uint64_t sum(volatile unsigned char *p, size_t n) { uint64_t s = 0; for (size_t i = 0; i < n; i++) s = s * 31 + p[i]; return s; }
+        int main(int argc, char **argv) {
+            int fd = open(argv[1], O_RDWR); check(fd >= 0);
+            unsigned char *private = mmap(0, N * P, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+            unsigned char *shared = mmap(0, N * P, PROT_READ | PROT_WRITE, MAP_SHARED, fd, N * P);
+            unsigned char *hidden = mmap(0, 4 * P, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+            unsigned char *guarded = mmap(0, 4 * P, PROT_READ, MAP_SHARED, fd, 8 * P);
+            check(private != MAP_FAILED && shared != MAP_FAILED && hidden != MAP_FAILED && guarded != MAP_FAILED);
+            close(fd);
+            for (int i = 0; i < N; i += 3) memset(private + i * P, i, P);
+            memset(hidden, 42, P); check(mprotect(hidden, 4 * P, PROT_NONE) == 0);
+            check(mprotect(private, 3 * P, PROT_READ) == 0);
+            check(mlock(shared, 2 * P) == 0 && madvise(shared + 4 * P, P, MADV_DONTFORK) == 0);
+            check(madvise(shared + 8 * P, 8 * P, MADV_RANDOM) == 0 && madvise(private + 8 * P, P, MADV_DONTDUMP) == 0);
+            uint64_t first = sum(private, N * P);
+            ready();
+            for (unsigned char n = 1;; n++) {
+                wait_for_line();
+                check(sum(private, N * P) == first);
+                memset(shared, n, N * P); check(sum(shared, 1) == n);
+                check(mprotect(hidden, 4 * P, PROT_READ) == 0);
+                check(hidden[0] == 42 && hidden[P - 1] == 42 && hidden[P] == 9 && mprotect(hidden, 4 * P, PROT_NONE) == 0);
+                check(guarded[0] == 9);
+                private[N * P - 1] = n; first = sum(private, N * P);
+                say("ok");
+            }
+        }
+        "#,
+        &[path.as_os_str()],
+    );
+    // What smaps says about the mappings, without what counts pages.
+    let flags = |target: &Target| -> Vec<String> {
+        let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", target.pid())).unwrap();
+        let mut lines = Vec::new();
+        let mut of_file = false;
+        for line in smaps.lines() {
+            if line.contains(" rw") || line.contains(" r-") || line.contains(" --") {
+                of_file = line.ends_with("/data");
+                if of_file {
+                    let words: Vec<&str> = line.split_ascii_whitespace().take(5).collect();
+                    lines.push(words.join(" "));
+                }
+            }
+            if of_file && line.starts_with("VmFlags") {
+                // Soft-dirty tracking only says that the memory is new.
+                lines.push(line.replace(" sd", ""));
+            }
+        }
+        lines
+    };
+    let before = flags(&target);
+    assert!(before.len() > 10, "{before:?}");
+    for round in 0..50_u8 {
+        let side = if round % 2 == 0 { Side::Clone } else { Side::Native };
+        let (report, _) = move_all(&volume, &[target.id()], side);
+        assert!(report.mappings > 8 && report.bytes_copied >= 22 * 4096, "{report:?}");
+        assert_eq!(flags(&target), before);
+        target.tell("check");
+        assert_eq!(target.line(), "ok");
+        let bytes = std::fs::read(&path).unwrap();
+        assert!(bytes[64 * 4096..128 * 4096].iter().all(|b| *b == round + 1), "the shared mapping shows another file");
+        assert!(bytes[..64 * 4096].iter().all(|b| *b == 9), "private pages were written to the file");
+    }
+}
+
+/// Fails at the step it is told, or collects.
+struct FailsAt(usize);
+
+impl hobble_graft::switch::StepLog for FailsAt {
+    fn step(&mut self, _: &Step) -> std::io::Result<()> {
+        if self.0 == 0 {
+            return Err(std::io::ErrorKind::StorageFull.into());
+        }
+        self.0 -= 1;
+        Ok(())
+    }
+}
+
+#[test]
+fn whatever_fails_is_rolled_back() {
+    let volume = Volume::new();
+    let path = volume.file("data", &content(8192));
+    let mut targets: Vec<Target> =
+        (0..2).map(|_| Target::c_with("many", MANY, &[path.as_os_str(), "300".as_ref()])).collect();
+    let processes: Vec<ProcessId> = targets.iter().map(Target::id).collect();
+    let before: Vec<String> = targets.iter().map(Target::fingerprint).collect();
+    let mut failures = 0;
+    for step in 0..8 {
+        let census = volume.census(&processes);
+        let switch = switch(&volume, &census, Side::Clone);
+        let result = Tracer::scope(|tracer| -> Result<Result<Report, SwitchFailed>, Failed> {
+            let mut stopped = tracer.stop_all(&processes, budget())?;
+            Ok(switch.apply(&mut stopped, budget(), &mut FailsAt(step), &mut NoHandover))
+        })
+        .unwrap();
+        match result {
+            Err(failed) => {
+                failures += 1;
+                assert!(failed.rolled_back, "step {step}: {failed:?}");
+                let after: Vec<String> = targets.iter().map(Target::fingerprint).collect();
+                assert_eq!(after, before);
+            }
+            Ok(_) => break,
+        }
+    }
+    assert_eq!(failures, 4, "two processes, two steps each");
+    move_all(&volume, &processes, Side::Native);
+    // A budget that is used up in the middle.
+    for micros in [0, 100, 400, 700, 1_000, 1_500] {
+        let census = volume.census(&processes);
+        let switch = switch(&volume, &census, Side::Clone);
+        let result = Tracer::scope(|tracer| -> Result<_, Failed> {
+            let mut stopped = tracer.stop_all(&processes, budget())?;
+            let late = Deadline::after(Duration::from_micros(micros));
+            Ok(switch.apply(&mut stopped, late, &mut Vec::new(), &mut NoHandover))
+        })
+        .unwrap();
+        if let Err(failed) = result {
+            assert!(failed.rolled_back, "{micros} µs: {failed:?}");
+            let after: Vec<String> = targets.iter().map(Target::fingerprint).collect();
+            assert_eq!(after, before, "{micros} µs");
+        } else {
+            move_all(&volume, &processes, Side::Native);
+        }
+    }
+    for target in &mut targets {
+        target.tell("check");
+        assert_eq!(target.line(), "ok");
+    }
+}
+
+#[test]
+fn a_nearly_full_table_and_a_full_one() {
+    let volume = Volume::new();
+    let path = volume.file("data", &content(8192));
+    let program = r#"
+        #include <sys/resource.h>
+        int main(int argc, char **argv) {
+            int keep_hard = atoi(argv[2]), leave = atoi(argv[3]);
+            struct rlimit r = { 64, keep_hard ? 128 : 64 }; check(setrlimit(RLIMIT_NOFILE, &r) == 0);
+            int fds[64], n = 0;
+            for (int fd; (fd = open(argv[1], O_RDONLY)) >= 0; n++) { fds[n] = fd; check(lseek(fd, n, SEEK_SET) == n); }
+            check(errno == EMFILE);
+            while (leave--) close(fds[--n]);
+            ready();
+            for (;;) {
+                wait_for_line();
+                for (int i = 0; i < n; i++) check(lseek(fds[i], 0, SEEK_CUR) == i);
+                struct rlimit now_; check(getrlimit(RLIMIT_NOFILE, &now_) == 0 && now_.rlim_cur == 64);
+                say("ok");
+            }
+        }
+    "#;
+    for (hard, leave) in [("0", "3"), ("0", "4"), ("0", "10"), ("1", "0"), ("1", "1")] {
+        let mut target = Target::c_with("full", program, &[path.as_os_str(), hard.as_ref(), leave.as_ref()]);
+        for side in [Side::Clone, Side::Native] {
+            move_all(&volume, &[target.id()], side);
+            target.tell("check");
+            assert_eq!(target.line(), "ok");
+        }
+    }
+    for leave in ["0", "1", "2"] {
+        let mut target = Target::c_with("full", program, &[path.as_os_str(), "0".as_ref(), leave.as_ref()]);
+        let before = target.fingerprint();
+        let census = volume.census(&[target.id()]);
+        let switch = switch(&volume, &census, Side::Clone);
+        let failed = Tracer::scope(|tracer| -> Result<_, Failed> {
+            let mut stopped = tracer.stop_all(&[target.id()], budget())?;
+            Ok(switch.apply(&mut stopped, budget(), &mut Vec::new(), &mut NoHandover).unwrap_err())
+        })
+        .unwrap();
+        assert!(matches!(failed.error, hobble_graft::switch::SwitchError::TableFull { hard: 64, .. }), "{failed:?}");
+        assert!(failed.rolled_back);
+        assert_eq!(target.fingerprint(), before);
+        target.tell("check");
+        assert_eq!(target.line(), "ok");
+    }
+}
+
+/// Keeps the ranges with OFD locks of its own, as a server does, and watches with an outsider's eyes.
+struct Keeper {
+    file: std::fs::File,
+    calls: usize,
+}
+
+impl Keeper {
+    fn set(&self, kind: i32) -> i32 {
+        let range = format!("{kind}");
+        let status = Command::new("python3")
+            .arg("-c")
+            .arg("import fcntl,struct,sys\nk=int(sys.argv[1])\ntry:\n fcntl.fcntl(0,37,struct.pack('hhqqi4x',k,0,0,100,0))\nexcept OSError as e: sys.exit(e.errno)")
+            .arg(range)
+            .stdin(self.file.try_clone().unwrap())
+            .status()
+            .unwrap();
+        status.code().unwrap()
+    }
+}
+
+impl hobble_graft::switch::LockHandover for Keeper {
+    fn before(&mut self, locks: &[hobble_graft::switch::MovedLock], _: hobble_graft::switch::Way) -> std::io::Result<()> {
+        assert_eq!(locks.len(), 2);
+        self.calls += 1;
+        // The descriptor is shared with the helper, and so is the lock.
+        assert_eq!(self.set(libc::F_RDLCK), 0, "the target's write lock was not weakened");
+        Ok(())
+    }
+
+    fn after(&mut self, _: &[hobble_graft::switch::MovedLock], _: hobble_graft::switch::Way) -> std::io::Result<()> {
+        assert_eq!(self.set(libc::F_UNLCK), 0);
+        Ok(())
+    }
+}
+
+#[test]
+fn posix_locks_are_taken_again() {
+    let volume = Volume::new();
+    let path = volume.file("data", &content(8192));
+    let mut target = Target::c_with(
+        "locked",
+        r#"
+        int main(int argc, char **argv) {
+            int fd = open(argv[1], O_RDWR), other = open(argv[1], O_RDONLY); check(fd >= 0 && other >= 0);
+            struct flock w = { F_WRLCK, SEEK_SET, 10, 20, 0 }, r = { F_RDLCK, SEEK_SET, 1000, 0, 0 };
+            check(fcntl(fd, F_SETLK, &w) == 0 && fcntl(other, F_SETLK, &r) == 0);
+            ready();
+            for (;;) wait_for_line(), say("ok");
+        }
+        "#,
+        &[path.as_os_str()],
+    );
+    let locks = || -> Vec<String> {
+        let all = std::fs::read_to_string("/proc/locks").unwrap();
+        let mut ours: Vec<String> = all
+            .lines()
+            .filter(|l| l.contains(&format!(" {} ", target.pid())))
+            .map(|l| l.split_ascii_whitespace().skip(1).collect::<Vec<_>>().join(" "))
+            .collect();
+        ours.sort();
+        ours
+    };
+    let before = locks();
+    assert_eq!(before.len(), 2, "{before:?}");
+    for round in 0..6 {
+        let side = if round % 2 == 0 { Side::Clone } else { Side::Native };
+        let census = volume.census(&[target.id()]);
+        let switch = switch(&volume, &census, side);
+        let mut keeper = Keeper { file: std::fs::File::options().read(true).write(true).open(&path).unwrap(), calls: 0 };
+        let report = Tracer::scope(|tracer| -> Result<_, Failed> {
+            let mut stopped = tracer.stop_all(&[target.id()], budget())?;
+            Ok(switch.apply(&mut stopped, budget(), &mut Vec::new(), &mut keeper)?)
+        })
+        .unwrap();
+        assert_eq!((report.locks, keeper.calls), (2, 1));
+        assert!(report.lock_window > Duration::ZERO);
+        assert_eq!(locks(), before);
+    }
+    target.tell("check");
+    assert_eq!(target.line(), "ok");
 }

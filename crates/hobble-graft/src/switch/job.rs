@@ -85,10 +85,9 @@ impl<'a> Job<'a> {
         if untouched {
             return Ok(());
         }
-        self.with_thread(stopped, deadline, log, |job, borrowed, message, log| {
+        self.with_thread(stopped, deadline, &mut Regardless(log), |job, borrowed, message, log| {
             let mappings = if job.mappings.iter().any(|i| i.is_touched) {
-                // An undo does not wait for the log.
-                let _ = record(log, &job.mappings_step(Way::Back, |item| item.is_touched));
+                record(log, &job.mappings_step(Way::Back, |item| item.is_touched))?;
                 mappings::exchange(borrowed, &mut job.mappings, Way::Back, message, deadline).map(drop)
             } else {
                 Ok(())
@@ -136,7 +135,11 @@ impl<'a> Job<'a> {
             })
         };
         let (soft, hard) = limit(None)?;
-        let used = self.table.descriptors as u64;
+        let mut used = self.table.descriptors as u64;
+        if soft < used + SOCKETS + FEW {
+            // Tight: descriptors above the limit, made before it was lowered, do not take room below it.
+            used = self.used_below(soft).unwrap_or(used);
+        }
         // dup3 onto a number at or above the soft limit is refused: the program may have lowered it since.
         let highest = self.items.iter().flat_map(|i| &i.places).map(|(fd, _)| fd.as_raw()).max();
         let needed = highest.map_or(0, |fd| u64::from(fd.cast_unsigned()) + 1);
@@ -160,6 +163,13 @@ impl<'a> Job<'a> {
             return Err(SwitchError::TableFull { pid, used, hard });
         }
         Ok((usize::try_from(message).unwrap_or(1), old))
+    }
+
+    /// Descriptors with a number below the limit; `None` when they cannot be listed.
+    fn used_below(&self, limit: u64) -> Option<u64> {
+        let directory = std::fs::read_dir(format!("/proc/{}/task/{}/fd", self.process.pid, self.tid)).ok()?;
+        let number = |entry: std::io::Result<std::fs::DirEntry>| entry.ok()?.file_name().to_str()?.parse::<u64>().ok();
+        Some(directory.filter_map(number).filter(|fd| *fd < limit).count() as u64)
     }
 
     fn table_id(&self) -> TableId {
@@ -223,7 +233,7 @@ impl<'a> Job<'a> {
             self.locks = Locks::Full;
             return Ok(());
         }
-        let _ = record(log, &self.descriptors_step(Way::Back, |item| item.is_touched));
+        record(log, &self.descriptors_step(Way::Back, |item| item.is_touched))?;
         if moved.is_empty() {
             descriptors::place(borrowed, &mut self.items, Way::Back, message, deadline)?;
             return Ok(());
@@ -266,7 +276,7 @@ impl<'a> Job<'a> {
         let pid = self.process.pid;
         // The root first here too: it leads through the working directory.
         for (_, item) in self.directories.iter_mut().filter(|(_, item)| item.is_touched) {
-            let _ = record(log, &directory_step(self.process, self.tid, Way::Back, item.is_root));
+            record(log, &directory_step(self.process, self.tid, Way::Back, item.is_root))?;
             directories::change(borrowed, item, Way::Back, deadline)?
                 .map_err(|errno| SwitchError::Directory { pid, errno })?;
             item.is_touched = false;
@@ -304,6 +314,18 @@ impl<'a> Job<'a> {
 
 fn directory_step(process: ProcessId, tid: Tid, way: Way, is_root: bool) -> Step {
     Step::Directory { pid: process.pid.as_raw(), tid: tid.as_raw(), way, is_root }
+}
+
+/// The log during an undo, which does not wait for it.
+struct Regardless<'l>(&'l mut dyn StepLog);
+
+impl StepLog for Regardless<'_> {
+    fn step(&mut self, step: &Step) -> std::io::Result<()> {
+        if let Err(error) = self.0.step(step) {
+            tracing::warn!(%error, "a step of an undo was not recorded");
+        }
+        Ok(())
+    }
 }
 
 fn record(log: &mut dyn StepLog, step: &Step) -> Result<(), SwitchError> {

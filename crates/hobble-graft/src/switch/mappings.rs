@@ -84,6 +84,18 @@ fn length(mapping: &Mapping) -> u64 {
     mapping.end.saturating_sub(mapping.start)
 }
 
+/// What the new mapping may be used for until it is put in place. Private pages with a content of their own were written while the
+/// mapping was writable: making the new one so at first too counts its memory as the old one's is (`VM_ACCOUNT`). Not for code, where
+/// security modules may refuse to make modified pages executable.
+fn first_protection(mapping: &Mapping) -> i32 {
+    let now = mapping.protection;
+    if mapping.is_shared || now.write || now.execute || mapping.dirty.is_empty() {
+        now.bits()
+    } else {
+        libc::PROT_READ | libc::PROT_WRITE
+    }
+}
+
 /// Makes the new mappings somewhere.
 fn make(borrowed: &mut Borrowed<'_>, group: &[&mut Item<'_>], way: Way, deadline: Deadline) -> Result<Vec<u64>, SwitchError> {
     let mut files: Vec<(MappedFileId, BorrowedFd<'_>)> = Vec::new();
@@ -100,7 +112,7 @@ fn make(borrowed: &mut Borrowed<'_>, group: &[&mut Item<'_>], way: Way, deadline
         let sharing = if mapping.is_shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
         let reserve = if mapping.flags.no_reserve { libc::MAP_NORESERVE } else { 0 };
         let flags = u64::from((sharing | reserve).cast_unsigned());
-        let protection = u64::from(mapping.protection.bits().cast_unsigned());
+        let protection = u64::from(first_protection(mapping).cast_unsigned());
         let call = Call::new(libc::SYS_mmap, &[0, length(mapping), protection, flags, 0, mapping.offset]);
         calls.push(call.fifth_is(borrowed.cell(index)).or_stop());
     }
@@ -145,7 +157,7 @@ fn fill(borrowed: &mut Borrowed<'_>, group: &[&mut Item<'_>], places: &[u64], de
                 buffer.resize(usize::try_from(now).unwrap_or(0), 0);
                 borrowed.memory().read(at, &mut buffer)?;
                 let to = place + (at - item.mapping.start);
-                if item.mapping.protection.write {
+                if first_protection(item.mapping) & libc::PROT_WRITE != 0 {
                     borrowed.memory().write(to, &buffer)?;
                 } else {
                     borrowed.memory().force(to, &buffer)?;
@@ -177,6 +189,10 @@ fn put(borrowed: &mut Borrowed<'_>, group: &mut [&mut Item<'_>], places: &[u64],
         let mapping = item.mapping;
         let size = length(mapping);
         let first = calls.len();
+        if first_protection(mapping) != mapping.protection.bits() {
+            let protection = u64::from(mapping.protection.bits().cast_unsigned());
+            calls.push(("mprotect", Call::new(libc::SYS_mprotect, &[*at, size, protection])));
+        }
         calls.push(("mremap", Call::new(libc::SYS_mremap, &[*at, size, size, flags, mapping.start])));
         said_about(mapping, &mut calls);
         owners.resize(owners.len() + calls.len() - first, index);

@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use crate::census::{Census, DescriptionId, FsId, FsStruct, MappedFileId, Member, SpaceId};
+use crate::census::{Census, DescriptionId, DescriptionLock, FsId, FsStruct, MappedFileId, Member, SpaceId};
 use crate::ids::{Fd, Pid, ProcessId};
 use crate::remote::RemoteError;
 use crate::stop::{Deadline, Stopped};
@@ -242,18 +242,31 @@ pub struct Switch<'c> {
     descriptions: BTreeMap<DescriptionId, OwnedFd>,
     directories: BTreeMap<(FsId, bool), OwnedFd>,
     files: BTreeMap<MappedFileId, OwnedFd>,
+    locks: BTreeMap<DescriptionId, Vec<DescriptionLock>>,
 }
 
 impl<'c> Switch<'c> {
     /// Nothing yet. The census must have been taken, or re-scanned, while the processes stand still.
     pub fn new(census: &'c Census) -> Self {
-        Self { census, descriptions: BTreeMap::new(), directories: BTreeMap::new(), files: BTreeMap::new() }
+        Self {
+            census,
+            descriptions: BTreeMap::new(),
+            directories: BTreeMap::new(),
+            files: BTreeMap::new(),
+            locks: BTreeMap::new(),
+        }
     }
 
     /// Puts `replacement` at every place of an open file description. Its position, flags, owner and signal are carried over by
     /// [`Switch::apply`]; its access mode must be the same.
     pub fn description(&mut self, id: DescriptionId, replacement: OwnedFd) {
         self.descriptions.insert(id, replacement);
+    }
+
+    /// Says which POSIX locks are held on a description's file, where the census cannot see them: the kernel shows none with a
+    /// file of a filesystem that keeps its locks itself, as FUSE does (fs/fuse/file.c, `fuse_setlk`).
+    pub fn locks(&mut self, id: DescriptionId, locks: Vec<DescriptionLock>) {
+        self.locks.insert(id, locks);
     }
 
     /// Makes `replacement` (which may be open with `O_PATH`) the working directory of everybody who shares `id`.
@@ -399,7 +412,8 @@ impl<'c> Switch<'c> {
             if places.is_empty() {
                 continue;
             }
-            let locks = facts.locks.iter().filter(|l| l.table == Some(table)).map(|l| l.lock).collect();
+            let held = self.locks.get(id).unwrap_or(&facts.locks);
+            let locks = held.iter().filter(|l| l.table == Some(table)).map(|l| l.lock).collect();
             items.push(descriptors::Item {
                 description: *id,
                 there: there.as_fd(),
