@@ -7,6 +7,7 @@
 mod arch;
 pub mod census;
 pub mod ids;
+pub mod mounts;
 pub mod proc;
 pub mod remote;
 pub mod stop;

@@ -53,18 +53,23 @@ pub(super) struct Stamp {
     nanoseconds: u32,
 }
 
+/// The kind in `st_mode`.
+pub(crate) fn kind_of(mode: u32) -> FileKind {
+    match mode & libc::S_IFMT {
+        libc::S_IFREG => FileKind::Regular,
+        libc::S_IFDIR => FileKind::Directory,
+        libc::S_IFLNK => FileKind::Symlink,
+        libc::S_IFIFO => FileKind::Fifo,
+        libc::S_IFSOCK => FileKind::Socket,
+        libc::S_IFCHR => FileKind::CharDevice,
+        libc::S_IFBLK => FileKind::BlockDevice,
+        _ => FileKind::Other,
+    }
+}
+
 impl From<Statx> for Attributes {
     fn from(stat: Statx) -> Self {
-        let kind = match u32::from(stat.stx_mode) & libc::S_IFMT {
-            libc::S_IFREG => FileKind::Regular,
-            libc::S_IFDIR => FileKind::Directory,
-            libc::S_IFLNK => FileKind::Symlink,
-            libc::S_IFIFO => FileKind::Fifo,
-            libc::S_IFSOCK => FileKind::Socket,
-            libc::S_IFCHR => FileKind::CharDevice,
-            libc::S_IFBLK => FileKind::BlockDevice,
-            _ => FileKind::Other,
-        };
+        let kind = kind_of(u32::from(stat.stx_mode));
         let identity = Identity {
             mount: MountId(stat.stx_mnt_id),
             device: Device {

@@ -31,6 +31,8 @@ mod memory;
 mod scan;
 mod slots;
 
+pub(crate) use facts::kind_of;
+
 /// Decides whether a file belongs to the volume. It must answer the same for the same facts, may be called from several threads,
 /// and does not block.
 pub type Volume<'a> = &'a (dyn Fn(&FileFacts) -> bool + Sync);

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Read as _};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -91,9 +92,15 @@ impl ProcError {
 /// The whole of a file in `/proc`.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, ProcError> {
     // Not `fs::read`: the size that stat reports for these files is 0 and only costs a system call.
+    let file = File::open(path).map_err(|e| ProcError::read(path, &e))?;
+    read_open(file.into(), path)
+}
+
+/// The rest of an open file in `/proc`; `path` is for the error.
+pub(crate) fn read_open(file: OwnedFd, path: &Path) -> Result<Vec<u8>, ProcError> {
     let mut bytes = Vec::with_capacity(4096);
-    File::open(path)
-        .and_then(|mut file| file.read_to_end(&mut bytes))
+    File::from(file)
+        .read_to_end(&mut bytes)
         .map_err(|e| ProcError::read(path, &e))?;
     Ok(bytes)
 }

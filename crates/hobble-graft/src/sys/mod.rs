@@ -3,4 +3,5 @@
 
 pub(crate) mod fcntl;
 pub(crate) mod kcmp;
+pub(crate) mod mount;
 pub(crate) mod pagemap;
