@@ -239,7 +239,11 @@ fn to_line<T: Serialize>(message: &T) -> Result<String, WireError> {
         #[serde(flatten)]
         message: &'a T,
     }
-    let mut line = serde_json::to_string(&Envelope { v: VERSION, message }).map_err(WireError::Encode)?;
+    let mut line = serde_json::to_string(&Envelope {
+        v: VERSION,
+        message,
+    })
+    .map_err(WireError::Encode)?;
     if line.len() > MAX_LINE {
         return Err(WireError::TooLong { limit: MAX_LINE });
     }
@@ -282,14 +286,21 @@ mod tests {
             Request::Pause {},
             Request::Resume {},
             Request::Recover { force: true },
-            Request::Events { follow: true, since: Some(4) },
+            Request::Events {
+                follow: true,
+                since: Some(4),
+            },
         ]
     }
 
     fn responses() -> Vec<Response> {
         vec![
             Response::Ok(Answer::Done {}),
-            Response::Ok(Answer::Pong { id: "a".into(), pid: 3, version: "0.1.0".into() }),
+            Response::Ok(Answer::Pong {
+                id: "a".into(),
+                pid: 3,
+                version: "0.1.0".into(),
+            }),
             Response::Ok(Answer::Status(Box::new(Status {
                 id: "a".into(),
                 phase: Phase::Attached,
@@ -307,9 +318,19 @@ mod tests {
                 degraded: vec![],
                 not_covered: vec![],
             }))),
-            Response::Ok(Answer::Updated { seed: 1, rules: vec!["errno-1".into()] }),
-            Response::Err(Problem { cause: "no".into(), hint: None }),
-            Response::Event(Box::new(Event::new(Timestamp::UNIX_EPOCH, "a", EventKind::Paused {}))),
+            Response::Ok(Answer::Updated {
+                seed: 1,
+                rules: vec!["errno-1".into()],
+            }),
+            Response::Err(Problem {
+                cause: "no".into(),
+                hint: None,
+            }),
+            Response::Event(Box::new(Event::new(
+                Timestamp::UNIX_EPOCH,
+                "a",
+                EventKind::Paused {},
+            ))),
         ]
     }
 
@@ -328,7 +349,11 @@ mod tests {
     fn responses_survive_the_round_trip() {
         for response in responses() {
             let line = response.to_line().unwrap();
-            assert_eq!(Response::from_line(line.as_bytes()).unwrap(), response, "{line}");
+            assert_eq!(
+                Response::from_line(line.as_bytes()).unwrap(),
+                response,
+                "{line}"
+            );
         }
     }
 
@@ -336,7 +361,10 @@ mod tests {
     fn left_out_fields_have_their_defaults() {
         assert_eq!(
             Request::from_line(br#"{"v":1,"request":"events"}"#).unwrap(),
-            Request::Events { follow: false, since: None }
+            Request::Events {
+                follow: false,
+                since: None
+            }
         );
         assert_eq!(
             Request::from_line(br#"{"v":1,"request":"recover"}"#).unwrap(),
@@ -355,13 +383,24 @@ mod tests {
         };
         assert!(refused("").starts_with("line is not JSON: EOF"));
         assert_eq!(refused("[1]"), "line is not a JSON object");
-        assert_eq!(refused(r#"{"request":"ping"}"#), "message without a version number in `v`");
-        assert_eq!(refused(r#"{"v":"1","request":"ping"}"#), "message without a version number in `v`");
-        assert_eq!(refused(r#"{"v":2,"request":"ping"}"#), "message of version 2, this is version 1");
+        assert_eq!(
+            refused(r#"{"request":"ping"}"#),
+            "message without a version number in `v`"
+        );
+        assert_eq!(
+            refused(r#"{"v":"1","request":"ping"}"#),
+            "message without a version number in `v`"
+        );
+        assert_eq!(
+            refused(r#"{"v":2,"request":"ping"}"#),
+            "message of version 2, this is version 1"
+        );
         assert!(refused(r#"{"v":1}"#).contains("missing field `request`"));
         assert!(refused(r#"{"v":1,"request":"dance"}"#).contains("unknown variant `dance`"));
         assert!(refused(r#"{"v":1,"request":"ping","x":1}"#).contains("unknown field `x`"));
-        assert!(refused(r#"{"v":1,"request":"recover","force":"yes"}"#).contains("expected a boolean"));
+        assert!(
+            refused(r#"{"v":1,"request":"recover","force":"yes"}"#).contains("expected a boolean")
+        );
         let deep = format!(
             r#"{{"v":1,"request":"update","document":{}{}}}"#,
             "[".repeat(100_000),
@@ -372,9 +411,18 @@ mod tests {
 
     #[test]
     fn long_messages_are_not_even_sent() {
-        let request = Request::Update { document: Value::String("x".repeat(MAX_LINE)), seed: None };
-        assert!(matches!(request.to_line(), Err(WireError::TooLong { limit: MAX_LINE })));
-        assert!(matches!(Request::from_line(&vec![b' '; MAX_LINE + 1]), Err(WireError::TooLong { .. })));
+        let request = Request::Update {
+            document: Value::String("x".repeat(MAX_LINE)),
+            seed: None,
+        };
+        assert!(matches!(
+            request.to_line(),
+            Err(WireError::TooLong { limit: MAX_LINE })
+        ));
+        assert!(matches!(
+            Request::from_line(&vec![b' '; MAX_LINE + 1]),
+            Err(WireError::TooLong { .. })
+        ));
     }
 
     #[test]
@@ -406,5 +454,46 @@ mod tests {
         assert_eq!(buffer.next_line().unwrap().unwrap().len(), MAX_LINE);
         buffer.push(&vec![b'x'; MAX_LINE + 1]);
         assert!(matches!(buffer.next_line(), Err(WireError::TooLong { .. })));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn noise_is_refused_and_never_panics(line in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
+            proptest::prop_assert!(Request::from_line(&line).is_err());
+            proptest::prop_assert!(Response::from_line(&line).is_err());
+        }
+
+        /// Valid messages with one byte changed: understood or refused, and what is understood can be sent again.
+        #[test]
+        fn damaged_messages_are_read_or_refused(which in 0_usize..7, at in 0_usize..200, byte in proptest::num::u8::ANY) {
+            let mut line = requests()[which].to_line().unwrap().into_bytes();
+            let length = line.len();
+            line[at % length] = byte;
+            if let Ok(request) = Request::from_line(&line) {
+                let again = request.to_line().unwrap();
+                proptest::prop_assert_eq!(Request::from_line(again.as_bytes()).unwrap(), request);
+            }
+        }
+
+        #[test]
+        fn lines_survive_any_chunking(
+            lines in proptest::collection::vec("[a-z ]{0,20}", 0..10),
+            sizes in proptest::collection::vec(1_usize..30, 1..40),
+        ) {
+            let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+            let mut buffer = LineBuffer::new();
+            let mut found = Vec::new();
+            let mut rest = text.as_bytes();
+            let mut sizes = sizes.into_iter().cycle();
+            while !rest.is_empty() {
+                let (chunk, after) = rest.split_at(sizes.next().unwrap().min(rest.len()));
+                rest = after;
+                buffer.push(chunk);
+                while let Some(line) = buffer.next_line().unwrap() {
+                    found.push(String::from_utf8(line).unwrap());
+                }
+            }
+            proptest::prop_assert_eq!(found, lines);
+        }
     }
 }

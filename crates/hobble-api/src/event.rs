@@ -35,7 +35,13 @@ impl Event {
     /// An event without a sequence number.
     #[must_use]
     pub fn new(time: Timestamp, id: impl Into<String>, kind: EventKind) -> Self {
-        Self { v: VERSION, time, id: id.into(), seq: None, kind }
+        Self {
+            v: VERSION,
+            time,
+            id: id.into(),
+            seq: None,
+            kind,
+        }
     }
 
     /// The line, with its newline.
@@ -97,7 +103,10 @@ impl EventKind {
             EventKind::Recovering { .. } => "recovering",
             EventKind::Recovered(_) => "recovered",
             EventKind::Failed(_) => "failed",
-            EventKind::Other(fields) => fields.get("event").and_then(Value::as_str).unwrap_or("unknown"),
+            EventKind::Other(fields) => fields
+                .get("event")
+                .and_then(Value::as_str)
+                .unwrap_or("unknown"),
         }
     }
 
@@ -241,7 +250,13 @@ impl<'de> Deserialize<'de> for Event {
                 EventKind::Other(fields)
             }
         };
-        Ok(Event { v: head.v, time: head.time, id: head.id, seq: head.seq, kind })
+        Ok(Event {
+            v: head.v,
+            time: head.time,
+            id: head.id,
+            seq: head.seq,
+            kind,
+        })
     }
 }
 
@@ -249,7 +264,10 @@ impl<'de> Deserialize<'de> for Event {
 struct Known;
 
 impl Known {
-    fn parse(name: &str, fields: &Map<String, Value>) -> Result<Option<EventKind>, serde_json::Error> {
+    fn parse(
+        name: &str,
+        fields: &Map<String, Value>,
+    ) -> Result<Option<EventKind>, serde_json::Error> {
         #[derive(Deserialize)]
         struct Recovering {
             why: Why,
@@ -263,7 +281,9 @@ impl Known {
             "updated" => EventKind::Updated(Deserialize::deserialize(value)?),
             "paused" => EventKind::Paused {},
             "resumed" => EventKind::Resumed {},
-            "recovering" => EventKind::Recovering { why: Recovering::deserialize(value)?.why },
+            "recovering" => EventKind::Recovering {
+                why: Recovering::deserialize(value)?.why,
+            },
             "recovered" => EventKind::Recovered(Deserialize::deserialize(value)?),
             "failed" => EventKind::Failed(Deserialize::deserialize(value)?),
             _ => return Ok(None),
@@ -277,7 +297,11 @@ mod tests {
     use crate::status::{AffectedProcess, Verdict};
 
     fn at(kind: EventKind) -> Event {
-        let mut event = Event::new("2026-11-24T08:15:30.5Z".parse().unwrap(), "brisk-otter", kind);
+        let mut event = Event::new(
+            "2026-11-24T08:15:30.5Z".parse().unwrap(),
+            "brisk-otter",
+            kind,
+        );
         event.seq = Some(3);
         event
     }
@@ -300,7 +324,11 @@ mod tests {
                     locks: 1,
                 }],
             }),
-            EventKind::Attaching(Progress { phase: "pre_copy".into(), done: 1, total: 3 }),
+            EventKind::Attaching(Progress {
+                phase: "pre_copy".into(),
+                done: 1,
+                total: 3,
+            }),
             EventKind::Attached(Attached {
                 pause_us: 1200,
                 processes: 1,
@@ -314,14 +342,24 @@ mod tests {
                 }],
                 degraded: vec![],
             }),
-            EventKind::Injecting(Rules { seed: u64::MAX, rules: vec!["errno-1".into()] }),
+            EventKind::Injecting(Rules {
+                seed: u64::MAX,
+                rules: vec!["errno-1".into()],
+            }),
             EventKind::Updated(Rules::default()),
             EventKind::Paused {},
             EventKind::Resumed {},
-            EventKind::Recovering { why: Why::TargetExit },
+            EventKind::Recovering {
+                why: Why::TargetExit,
+            },
             EventKind::Recovered(Recovered {
                 pause_us: 900,
-                rules: vec![RuleCounts { name: "errno-1".into(), evaluated: 10, matched: 4, injected: 2 }],
+                rules: vec![RuleCounts {
+                    name: "errno-1".into(),
+                    evaluated: 10,
+                    matched: 4,
+                    injected: 2,
+                }],
                 left: vec![],
             }),
             EventKind::Failed(Failed {
@@ -344,13 +382,18 @@ mod tests {
             assert_eq!(value["v"], 1);
             assert_eq!(value["time"], "2026-11-24T08:15:30.5Z");
             assert_eq!(value["id"], "brisk-otter");
-            assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), event, "{line}");
+            assert_eq!(
+                serde_json::from_str::<Event>(&line).unwrap(),
+                event,
+                "{line}"
+            );
         }
     }
 
     #[test]
     fn unknown_events_are_kept_and_written_back_unchanged() {
-        let line = r#"{"v":1,"time":"2026-11-24T08:15:30Z","id":"a","event":"teleported","to":{"x":1}}"#;
+        let line =
+            r#"{"v":1,"time":"2026-11-24T08:15:30Z","id":"a","event":"teleported","to":{"x":1}}"#;
         let event: Event = serde_json::from_str(line).unwrap();
         assert_eq!(event.kind.name(), "teleported");
         assert!(!event.kind.is_final());
@@ -360,8 +403,7 @@ mod tests {
 
     #[test]
     fn unknown_fields_and_causes_are_tolerated() {
-        let line =
-            r#"{"v":1,"time":"2026-11-24T08:15:30Z","id":"a","event":"recovering","why":"eclipse","more":1}"#;
+        let line = r#"{"v":1,"time":"2026-11-24T08:15:30Z","id":"a","event":"recovering","why":"eclipse","more":1}"#;
         let event: Event = serde_json::from_str(line).unwrap();
         assert_eq!(event.kind, EventKind::Recovering { why: Why::Other });
     }
@@ -375,8 +417,11 @@ mod tests {
 
     #[test]
     fn only_the_last_events_are_final() {
-        let last: Vec<_> =
-            every_kind().iter().filter(|kind| kind.is_final()).map(|kind| kind.name().to_owned()).collect();
+        let last: Vec<_> = every_kind()
+            .iter()
+            .filter(|kind| kind.is_final())
+            .map(|kind| kind.name().to_owned())
+            .collect();
         assert_eq!(last, ["recovered", "failed"]);
     }
 }
