@@ -151,10 +151,9 @@ impl Rule {
         self.stop || self.faults.errno.is_some()
     }
 
-    /// Whether it fires on every operation of its kinds.
+    /// Whether it fires on every operation of its kinds. One with a path, be it `**`, does not: files without a path do not match it.
     pub(crate) fn is_unconditional(&self) -> bool {
-        let everywhere = self.path.is_empty() || self.path.iter().any(PathPattern::is_everything);
-        everywhere
+        self.path.is_empty()
             && self.exclude.is_empty()
             && self.who.is_anyone()
             && self.range.is_none()

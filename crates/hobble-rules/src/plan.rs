@@ -17,6 +17,7 @@ use crate::experiment::{Experiment, Per, Rule};
 use crate::fault::attr::{AttrOverride, Attributes};
 use crate::fault::corrupt::Corruption;
 use crate::op::{Op, OpSet};
+use crate::path_match::{PathMatch, RuleBits, ones};
 use crate::pattern::PathIndex;
 
 /// Identity of a file for rules that count `per: file`; the same file must have the same identity for as long as it exists.
@@ -26,68 +27,6 @@ pub struct FileId(pub u64);
 /// The place of a rule in its plan, counted from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RuleIndex(pub u32);
-
-/// Which rules match a path, for one plan. Small and cheap to clone: meant to be kept with the inode until the plan changes.
-#[derive(Clone, Debug)]
-pub struct PathMatch {
-    generation: u64,
-    ops: OpSet,
-    rules: RuleBits,
-}
-
-impl PathMatch {
-    /// The generation of the plan that made it; it is of no use to any other.
-    #[must_use]
-    pub const fn generation(&self) -> u64 {
-        self.generation
-    }
-
-    /// The operations that some rule may match on this path.
-    #[must_use]
-    pub const fn ops(&self) -> OpSet {
-        self.ops
-    }
-}
-
-/// A set of rules.
-#[derive(Clone, Debug)]
-enum RuleBits {
-    /// Of a plan with at most 64.
-    Inline(u64),
-    /// Of a larger one; shared by all paths that match the same.
-    Shared(Arc<[u64]>),
-}
-
-impl RuleBits {
-    fn word(&self, index: usize) -> u64 {
-        match self {
-            Self::Inline(bits) if index == 0 => *bits,
-            Self::Inline(_) => 0,
-            Self::Shared(words) => words.get(index).copied().unwrap_or(0),
-        }
-    }
-
-    fn from_words(words: Vec<u64>) -> Self {
-        match words.as_slice() {
-            [] => Self::Inline(0),
-            [one] => Self::Inline(*one),
-            _ => Self::Shared(words.into()),
-        }
-    }
-
-    /// The places of the rules, rising.
-    fn iter(&self, words: usize) -> impl Iterator<Item = usize> {
-        (0..words).flat_map(|word| ones(self.word(word)).map(move |bit| word * 64 + bit))
-    }
-}
-
-fn ones(mut bits: u64) -> impl Iterator<Item = usize> {
-    std::iter::from_fn(move || {
-        let bit = (bits != 0).then_some(bits.trailing_zeros() as usize);
-        bits &= bits.wrapping_sub(1);
-        bit
-    })
-}
 
 /// One operation, as the rules see it.
 pub struct OpContext<'a> {

@@ -111,6 +111,19 @@ fn relative_changes_follow_the_truth_and_saturate() {
     );
 }
 
+/// A larger size makes the kernel refuse the whole reply.
+#[test]
+fn a_size_never_exceeds_what_a_file_can_have() {
+    assert_eq!(
+        seen("size: +18446744073709551615").size,
+        i64::MAX.unsigned_abs()
+    );
+    let found = support::lines(&support::errors(
+        "- fault: {attr: {size: 9223372036854775808}}",
+    ));
+    assert!(found.contains("larger than any file"), "{found}");
+}
+
 #[test]
 fn devices_are_encoded_as_the_kernel_does() {
     assert_eq!(seen("rdev: \"8:1\"").rdev, 0x801);

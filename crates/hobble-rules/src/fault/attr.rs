@@ -123,6 +123,9 @@ impl Timestamp {
     }
 }
 
+/// The largest size that the kernel takes: it refuses a reply with a larger one as broken (Linux, fs/fuse/dir.c, `fuse_invalid_attr`).
+const LARGEST_SIZE: u64 = i64::MAX as u64;
+
 const NANOS: u32 = 1_000_000_000;
 
 /// The attributes that a reply carries and a rule can override.
@@ -235,7 +238,7 @@ impl AttrOverride {
             |change: Option<TimeChange>, truth| change.map_or(truth, |change| change.of(truth));
         Attributes {
             ino: self.ino.unwrap_or(truth.ino),
-            size: amount(self.size, truth.size),
+            size: amount(self.size, truth.size).min(LARGEST_SIZE),
             blocks: amount(self.blocks, truth.blocks),
             atime: time(self.atime, truth.atime),
             mtime: time(self.mtime, truth.mtime),
@@ -277,6 +280,14 @@ pub(crate) fn check(checker: &mut Checker<'_>, spec: &AttrSpec) -> Option<AttrOv
             .error("fault.attr", "is empty")
             .hint("one or more attributes, such as `perm: \"0000\"`");
         return None;
+    }
+    if let Some(Amount::Set(size)) = checked.size
+        && size > LARGEST_SIZE
+    {
+        checker.error(
+            "fault.attr.size",
+            format!("{size} is larger than any file: at most {LARGEST_SIZE}"),
+        );
     }
     if checked.ino == Some(0) {
         checker.error("fault.attr.ino", "0 is not an inode number");

@@ -6,6 +6,7 @@
 mod decode;
 mod json_schema;
 pub(crate) mod node;
+mod reader;
 
 use std::collections::BTreeMap;
 
@@ -22,7 +23,7 @@ pub use node::LARGEST;
 pub const VERSION: u64 = 1;
 
 /// An experiment as written.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(title = "Hobble experiment")]
 pub struct Document {
@@ -412,12 +413,27 @@ impl Positions {
     }
 }
 
+impl Default for Document {
+    /// A document of this version that says nothing.
+    fn default() -> Self {
+        Self {
+            version: VERSION,
+            volume: None,
+            target: None,
+            duration: None,
+            seed: None,
+            scope: None,
+            rules: Vec::new(),
+            positions: Positions::default(),
+        }
+    }
+}
+
 impl Document {
     /// A document with these rules and nothing else.
     #[must_use]
     pub fn with_rules(rules: Vec<RuleSpec>) -> Self {
         Self {
-            version: VERSION,
             rules,
             ..Self::default()
         }
@@ -451,6 +467,7 @@ pub fn parse(text: &str) -> Result<Document, Vec<Diagnostic>> {
 }
 
 /// What could be read of a text that was at least YAML.
+#[derive(Default)]
 pub(crate) struct Reading {
     /// The document, with those of its rules that could be read.
     pub(crate) document: Document,
@@ -460,17 +477,6 @@ pub(crate) struct Reading {
     pub(crate) written: usize,
     /// What is wrong with the rest.
     pub(crate) found: Vec<Diagnostic>,
-}
-
-impl Default for Reading {
-    fn default() -> Self {
-        Self {
-            document: Document::with_rules(Vec::new()),
-            places: Vec::new(),
-            written: 0,
-            found: Vec::new(),
-        }
-    }
 }
 
 impl Reading {
