@@ -112,11 +112,7 @@ fn restartable_sequences_are_aborted_not_resumed() {
     assert!(line.starts_with("ok "), "{line}");
 }
 
-#[test]
-fn strict_and_filtered_targets() {
-    let filtered = Target::c(
-        "filtered",
-        r#"
+const FILTERED: &str = r#"
         #include <linux/filter.h>
         #include <linux/seccomp.h>
         #include <stddef.h>
@@ -125,6 +121,7 @@ fn strict_and_filtered_targets() {
             #define ALLOW(n) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, n, 0, 1), BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)
             struct sock_filter f[] = {
                 BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+                MORE
                 ALLOW(SYS_read), ALLOW(SYS_write), ALLOW(SYS_exit_group), ALLOW(SYS_restart_syscall), ALLOW(SYS_nanosleep), ALLOW(SYS_clock_nanosleep),
                 BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
             };
@@ -133,9 +130,22 @@ fn strict_and_filtered_targets() {
             check(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &p) == 0);
             for (;;) { struct timespec t = { 0, 1000000 }; nanosleep(&t, 0); }
         }
-        "#,
-    );
+        "#;
+
+#[test]
+fn filtered_targets_are_borrowed_when_that_is_safe() {
+    let more = "ALLOW(SYS_rt_sigprocmask), ALLOW(SYS_close), ALLOW(SYS_munmap), ALLOW(SYS_sendto), ALLOW(SYS_recvmsg), ALLOW(SYS_dup3), ALLOW(SYS_mmap), ALLOW(SYS_mremap),
+        ALLOW(SYS_mprotect), ALLOW(SYS_madvise), ALLOW(SYS_socketpair), ALLOW(SYS_setsockopt), ALLOW(SYS_fchdir), ALLOW(SYS_fcntl),";
+    let filtered = Target::c("filtered", &FILTERED.replace("MORE", more));
     filtered.until("it is filtered", |t| std::fs::read_to_string(format!("/proc/{}/status", t.pid())).unwrap().contains("Seccomp:\t2"));
+    for _ in 0..50 {
+        // getpid is not allowed to the program: the filter is suspended.
+        borrow(&filtered);
+    }
+    assert!(filtered.is_running());
+    let killing = Target::c("filtered", &FILTERED.replace("MORE", ""));
+    killing.until("it is filtered", |t| std::fs::read_to_string(format!("/proc/{}/status", t.pid())).unwrap().contains("Seccomp:\t2"));
+    assert_filtered(&killing);
     let mut strict = Target::c(
         "strict",
         r#"
@@ -147,14 +157,22 @@ fn strict_and_filtered_targets() {
         "#,
     );
     strict.until("it is strict", |t| std::fs::read_to_string(format!("/proc/{}/status", t.pid())).unwrap().contains("Seccomp:\t1"));
-    for _ in 0..50 {
-        borrow(&filtered);
-        borrow(&strict);
-    }
-    // The filters are in force again: a forbidden call would have been allowed otherwise.
+    assert_filtered(&strict);
     strict.tell("");
     assert_eq!(strict.line(), "ok");
-    assert!(filtered.is_running());
+}
+
+/// The target's own rules would kill it if we died: it is stopped and let go, and nothing else.
+fn assert_filtered(target: &Target) {
+    let before = target.fingerprint();
+    let error = Tracer::scope(|tracer| -> Result<(), RemoteError> {
+        let mut stopped = tracer.stop_all(&[target.id()], soon())?;
+        Borrowed::open(&mut stopped, target.id(), target.pid().leader(), soon(), &mut |_| Ok(())).map(drop)
+    })
+    .unwrap_err();
+    assert!(matches!(error, RemoteError::Filtered { .. }), "{error:?}");
+    assert_eq!(target.fingerprint(), before);
+    assert!(target.is_running());
 }
 
 #[test]

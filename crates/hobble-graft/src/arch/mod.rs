@@ -64,7 +64,7 @@ impl Entry {
 /// What the code in the target needs to know, besides the registers, to end by itself when the tracer has died.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ending {
-    /// The signal mask to set back; `None` where the target may not call `rt_sigprocmask` (strict seccomp).
+    /// The signal mask to set back; `None` to leave it alone.
     pub(crate) mask: Option<u64>,
     /// Address and length of the scratch mapping; length 0 when there is none.
     pub(crate) scratch: (u64, u64),

@@ -18,6 +18,7 @@
 //! stop at all. End of file or two seconds without a word mean that we have died (the time-out is needed: another process
 //! may share our descriptor table and keep our end of the socket open).
 
+mod filter;
 mod memory;
 mod place;
 mod residue;
@@ -163,6 +164,14 @@ pub enum RemoteError {
         tid: Tid,
         /// The signal.
         signal: i32,
+    },
+    /// A seccomp filter would kill the target if we died while it works for us.
+    #[error("the seccomp filter of thread {tid} would not let it make system call {call} if its tracer died")]
+    Filtered {
+        /// The thread.
+        tid: Tid,
+        /// The number of the system call.
+        call: i64,
     },
     /// A received message did not hold all descriptors.
     #[error("process {pid} received {got} of {sent} descriptors")]
@@ -319,6 +328,7 @@ impl<'s> Borrowed<'s> {
         let mut memory = Memory::new(pid, tid);
         let registers = abort_sequence(tid, registers, &mut memory)?;
         let seccomp = status::of_thread(tid).map_err(|source| RemoteError::Inspect { pid, source })?.seccomp;
+        check_filters(tid, seccomp)?;
         let mut image = Image::new();
         let size = image.bytes().len();
         let mappings = place::mappings(pid)?;
@@ -336,8 +346,7 @@ impl<'s> Borrowed<'s> {
             scratch_length: SCRATCH_LENGTH,
         };
         record(&residue).map_err(|source| RemoteError::Record { pid, source })?;
-        // A strict target may not set its mask back by itself, so it is left alone: handlers then run in between.
-        let ending = Ending { mask: (seccomp != Seccomp::Strict).then_some(mask), ..Ending::default() };
+        let ending = Ending { mask: Some(mask), ..Ending::default() };
         image.set_ending(&arch::dead_path(&registers), &ending);
         memory.force(code_address, image.bytes())?;
         thread.standing = Standing::Borrowed;
@@ -449,12 +458,7 @@ impl<'s> Borrowed<'s> {
 
     /// What the code in the target does when it ends by itself.
     fn set_ending(&mut self, scratch: (u64, u64), cleanup: (u64, u64)) -> Result<(), RemoteError> {
-        let mask = (self.seccomp == Seccomp::Disabled || self.seccomp == Seccomp::Filter).then_some(self.mask);
-        // A strict target would be killed for `close` and `munmap`: leave these to the record.
-        let ending = match mask {
-            Some(_) => Ending { mask, scratch, cleanup },
-            None => Ending { mask, scratch: (scratch.0, 0), cleanup: (0, 0) },
-        };
+        let ending = Ending { mask: Some(self.mask), scratch, cleanup };
         self.image.set_ending(&arch::dead_path(&self.registers), &ending);
         let at = self.residue.code_address + self.image.data_offset();
         let data = self.image.data().to_vec();
@@ -481,7 +485,7 @@ impl<'s> Borrowed<'s> {
         let entry = self.residue.code_address + self.image.entry_one();
         let registers = self.registers.for_call(entry, number, arguments);
         ptrace::set_registers(self.tid, &registers).map_err(|errno| refused(self.pid, "set registers", errno))?;
-        if !self.is_blocked && self.seccomp != Seccomp::Strict {
+        if !self.is_blocked {
             // After the registers: dying in between, the thread runs our code, which sets the mask back.
             ptrace::set_signal_mask(self.tid, u64::MAX).map_err(|errno| refused(self.pid, "block signals", errno))?;
             self.is_blocked = true;
@@ -491,7 +495,7 @@ impl<'s> Borrowed<'s> {
         loop {
             ptrace::resume_to_call(self.tid, 0).map_err(|errno| refused(self.pid, "resume a thread", errno))?;
             let now = self.await_stop(true, deadline)?;
-            // A handler that a strict target runs in between makes calls (`rt_sigreturn`) that are not ours.
+            // Before the signals were blocked a handler may have begun; its calls are not ours.
             if now.ip() != after {
                 continue;
             }
@@ -837,6 +841,53 @@ impl Drop for Borrowed<'_> {
 
 fn refused(pid: Pid, what: &'static str, errno: Errno) -> RemoteError {
     if errno == Errno::SRCH { RemoteError::Gone { pid } } else { RemoteError::Refused { pid, what, errno } }
+}
+
+/// Calls that the code in the target makes, or may be in the middle of, when the tracer dies. The first must be allowed; an error of the others
+/// does no harm.
+const CALLS_WITHOUT_US: &[i64] = &[
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_read,
+    libc::SYS_close,
+    libc::SYS_munmap,
+    libc::SYS_sendto,
+    libc::SYS_recvmsg,
+    libc::SYS_dup3,
+    libc::SYS_mmap,
+    libc::SYS_mremap,
+    libc::SYS_mprotect,
+    libc::SYS_madvise,
+    libc::SYS_socketpair,
+    libc::SYS_setsockopt,
+    libc::SYS_fchdir,
+    libc::SYS_fcntl,
+];
+
+/// Refuses threads that their own filters would kill for finishing without us.
+fn check_filters(tid: Tid, seccomp: Seccomp) -> Result<(), RemoteError> {
+    match seccomp {
+        Seccomp::Disabled => return Ok(()),
+        Seccomp::Strict => return Err(RemoteError::Filtered { tid, call: libc::SYS_close }),
+        Seccomp::Filter => {}
+    }
+    let mut filters: Vec<Vec<filter::Instruction>> = Vec::new();
+    loop {
+        match ptrace::seccomp_filter(tid, filters.len()) {
+            Ok(Some(words)) => filters.push(words.into_iter().map(Into::into).collect()),
+            Ok(None) => break,
+            // Refused (we are filtered ourselves), or not built in: nothing is known of the filter.
+            Err(_) => return Err(RemoteError::Filtered { tid, call: -1 }),
+        }
+    }
+    for call in CALLS_WITHOUT_US {
+        let number = u32::try_from(*call).unwrap_or(u32::MAX);
+        let seen = filter::Seen { number, architecture: arch::AUDIT_ARCHITECTURE, ip: 0, arguments: [0; 6] };
+        let worst = if *call == libc::SYS_rt_sigprocmask { filter::Verdict::Allowed } else { filter::Verdict::Error };
+        if filter::verdict(&filters, &seen) > worst {
+            return Err(RemoteError::Filtered { tid, call: *call });
+        }
+    }
+    Ok(())
 }
 
 /// Where a thread that was stopped inside a restartable sequence has to go on: at its abort handler. The kernel would send it there

@@ -19,6 +19,7 @@ pub(crate) const OPTIONS: usize = libc::PTRACE_O_TRACESYSGOOD as usize;
 pub(crate) const SUSPEND_SECCOMP: usize = 1 << 21;
 
 const GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
+const SECCOMP_GET_FILTER: libc::c_uint = 0x420c;
 const NT_PRSTATUS: usize = 1;
 
 fn last_errno() -> Errno {
@@ -154,6 +155,19 @@ pub(crate) fn rseq_area(tid: Tid) -> Result<Option<u64>, Errno> {
     )?;
     let [pointer, ..] = configuration;
     Ok((pointer != 0).then_some(pointer))
+}
+
+/// `PTRACE_SECCOMP_GET_FILTER`: the instructions of the `index`th filter from the newest, one 64-bit word each; `None` when there are no more.
+pub(crate) fn seccomp_filter(tid: Tid, index: usize) -> Result<Option<Vec<u64>>, Errno> {
+    let count = match request(SECCOMP_GET_FILTER, tid, index, 0) {
+        Ok(count) => usize::try_from(count).unwrap_or(0),
+        Err(Errno::NOENT) => return Ok(None),
+        Err(errno) => return Err(errno),
+    };
+    // The kernel writes as many as it has just told: the target stands still, and filters are never changed.
+    let mut words = vec![0_u64; count];
+    request(SECCOMP_GET_FILTER, tid, index, words.as_mut_ptr().addr_for_kernel())?;
+    Ok(Some(words))
 }
 
 /// The address of a local object as ptrace takes it.
