@@ -108,3 +108,27 @@ fn signals_reach_the_command() -> Result<()> {
         Ok(())
     })
 }
+
+/// The kernel refuses to open a running executable for truncation, but only after it has asked a filesystem that truncates
+/// on open (do_open in fs/namei.c: handle_truncate comes after vfs_open).
+#[test]
+fn a_running_executable_is_not_truncated() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let at = text(volume.path())?;
+        let script = "import os,sys,subprocess,shutil\n\
+            p=sys.argv[1]+'/sleep'; shutil.copy('/bin/sleep',p); os.chmod(p,0o755); size=os.stat(p).st_size\n\
+            c=subprocess.Popen([p,'30'])\n\
+            try: os.open(p,os.O_RDONLY|os.O_TRUNC); sys.exit('it could be opened')\n\
+            except OSError as e: print(e)\n\
+            ok=os.stat(p).st_size==size and c.poll() is None\n\
+            c.kill(); c.wait(); sys.exit(0 if ok else 'it was truncated')";
+        for rules in [&[][..], &["--fault", "errno=EIO op=read,write percent=0"]] {
+            let mut command = vec!["exec", "--path", at];
+            command.extend(rules);
+            command.extend(["--", "python3", "-c", script, at]);
+            let said = hobble.output(&command)?;
+            ensure!(said.status.success(), "{rules:?}: {said:?}");
+        }
+        Ok(())
+    })
+}

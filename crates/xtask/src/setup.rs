@@ -33,7 +33,6 @@ const COMMANDS: &[(&str, &str)] = &[
     ("setpriv", "util-linux"),
     ("setarch", "util-linux"),
     ("unshare", "util-linux"),
-    ("ip", "iproute2"),
 ];
 
 /// Test suites from crates.io: programs that are run, never linked.
