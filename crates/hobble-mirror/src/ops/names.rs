@@ -52,12 +52,31 @@ impl Inner {
 
     fn find(&self, parent: NodeId, name: &CStr) -> io::Result<(Arc<Node>, rustix::fs::Statx)> {
         let directory = self.parent(parent)?;
-        let found = self.with_descriptors(|| resolve(directory.as_fd(), name))?;
+        let found = self
+            .with_descriptors(|| resolve(directory.as_fd(), name))
+            .map_err(|error| self.if_alive(parent, error))?;
         let stat = found.stat;
         let node = self.store.acquire(found)?;
         node.learn(&self.store, parent, name.to_bytes(), stat.stx_nlink);
         self.relieve();
         Ok((node, stat))
+    }
+
+    /// A directory that was removed behind our back holds nothing; ESTALE has the kernel look the whole path up again instead of believing that
+    /// (fs/namei.c `filename_lookup`). One that was removed through the hook is really empty.
+    fn if_alive(&self, directory: NodeId, error: io::Error) -> io::Error {
+        if error.raw_os_error() != Some(libc::ENOENT) {
+            return error;
+        }
+        let removed = || {
+            let node = self.node(directory)?;
+            Ok::<_, io::Error>(!node.is_kept() && stat(self.fd_of(&node)?.as_fd())?.stx_nlink == 0)
+        };
+        if removed().unwrap_or(false) {
+            super::error(libc::ESTALE)
+        } else {
+            error
+        }
     }
 
     /// LOOKUP of `.`: the kernel has a file handle and wants the inode back.

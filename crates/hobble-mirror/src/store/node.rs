@@ -155,6 +155,11 @@ impl Node {
         state.keep = true;
     }
 
+    /// Whether it holds a descriptor for good: its last name went through the hook.
+    pub(crate) fn is_kept(&self) -> bool {
+        lock(&self.state).keep
+    }
+
     pub(super) fn drop_cached(&self) {
         let dropped = {
             let mut state = lock(&self.state);
