@@ -96,14 +96,7 @@ impl Covering {
     ) -> Result<Self, MountsError> {
         let clone = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(MountsError::Thread);
         let seen = look(top).map_err(step("look at the mount to be placed"))?;
-        let root = match location.mount_root() {
-            Ok(root) => root,
-            // A single file does not tell its directory.
-            Err(_) if location.kind != crate::census::FileKind::Directory => {
-                clone(location.file.as_fd())?
-            }
-            Err(error) => return Err(error),
-        };
+        let root = location.mount_root()?;
         let (volume, top) = (clone(location.file.as_fd())?, clone(top)?);
         let (volume_there, top_there, root_there) = (
             clone(volume.as_fd())?,

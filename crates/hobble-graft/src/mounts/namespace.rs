@@ -48,6 +48,15 @@ impl MountNamespace {
         })
     }
 
+    /// Another hold on the same namespace.
+    ///
+    /// # Errors
+    /// When our descriptors run out.
+    pub fn try_clone(&self) -> Result<Self, MountsError> {
+        let fd = self.fd.try_clone().map_err(MountsError::Thread)?;
+        Ok(Self { fd, id: self.id })
+    }
+
     /// Its number.
     pub fn id(&self) -> MountNamespaceId {
         self.id

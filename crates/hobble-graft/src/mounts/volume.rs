@@ -43,6 +43,8 @@ pub struct Location {
     pub kind: FileKind,
     /// Whether it is the root of that mount.
     pub is_mount_root: bool,
+    /// For a file: the directory it was found in.
+    directory: Option<OwnedFd>,
 }
 
 /// What `statx` says of a mount, without asking the filesystem.
@@ -100,6 +102,12 @@ impl Location {
             kind,
             is_mount_root,
         } = seen;
+        let directory = match path.parent() {
+            Some(parent) if kind != FileKind::Directory => {
+                Some(open_in(root.as_fd(), parent, OFlags::DIRECTORY).map_err(failed)?)
+            }
+            _ => None,
+        };
         Ok(Self {
             file,
             path,
@@ -109,6 +117,7 @@ impl Location {
             inode,
             kind,
             is_mount_root,
+            directory,
         })
     }
 
@@ -116,14 +125,18 @@ impl Location {
     /// point.
     ///
     /// # Errors
-    /// [`MountsError::Unreachable`] when something is mounted over a directory on the way up, or the file is no directory (whose
-    /// parent a descriptor does not tell) and not the root itself.
+    /// [`MountsError::Unreachable`] when something is mounted over a directory on the way up.
     pub(super) fn mount_root(&self) -> Result<OwnedFd, MountsError> {
         let failed = |errno| MountsError::Unreachable {
             path: self.path.clone(),
             errno,
         };
-        let mut at = self.file.try_clone().map_err(MountsError::Thread)?;
+        let start = if self.is_mount_root {
+            &self.file
+        } else {
+            self.directory.as_ref().unwrap_or(&self.file)
+        };
+        let mut at = start.try_clone().map_err(MountsError::Thread)?;
         loop {
             let seen = look(at.as_fd()).map_err(failed)?;
             if seen.mount != self.mount {
@@ -138,7 +151,7 @@ impl Location {
         }
     }
 
-    /// Its parent directory, when it lies in the same mount: what a single file is found again by.
+    /// The directory it lies in: what is covered instead of a single file, so that the file can still be replaced by a rename.
     ///
     /// # Errors
     /// As [`Location::resolve`].
