@@ -1,6 +1,8 @@
 //! `hobble check`: says whether a specification is right, what it means, and writes it in another form.
 
-use hobble_rules::{Diagnostic, Severity};
+use std::borrow::Cow;
+
+use hobble_rules::{Diagnostic, Severity, Source};
 use serde::Serialize;
 
 use crate::cli::{Check, FormatArg};
@@ -28,7 +30,7 @@ struct RuleReport<'a> {
 #[derive(Serialize)]
 struct DiagnosticReport<'a> {
     severity: &'static str,
-    source: &'a str,
+    source: Cow<'a, str>,
     line: Option<u32>,
     column: Option<u32>,
     field: &'a str,
@@ -43,7 +45,10 @@ impl<'a> DiagnosticReport<'a> {
                 Severity::Error => "error",
                 Severity::Warning => "warning",
             },
-            source,
+            source: match diagnostic.position.map(|position| position.source) {
+                Some(Source::Fault(number)) => Cow::Owned(format!("--fault {number}")),
+                Some(Source::Spec) | None => Cow::Borrowed(source),
+            },
             line: diagnostic.position.map(|position| position.line),
             column: diagnostic.position.map(|position| position.column),
             field: &diagnostic.field,
