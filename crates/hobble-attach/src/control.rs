@@ -22,6 +22,14 @@ const MAX_CONNECTIONS: usize = 64;
 /// How long a request may take in the engine before its sender is told so; the request itself goes on.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
+/// Connections being served now.
+static OPEN: AtomicUsize = AtomicUsize::new(0);
+
+/// How many connections are being served.
+pub(crate) fn open_connections() -> usize {
+    OPEN.load(Ordering::Relaxed)
+}
+
 /// What the engine is asked to do.
 #[derive(Debug)]
 pub(crate) enum Command {
@@ -55,23 +63,22 @@ pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
 
 /// Serves connections on a thread of its own until the process ends.
 pub(crate) fn serve(listener: UnixListener, front: Arc<Front>) -> io::Result<()> {
-    let open = Arc::new(AtomicUsize::new(0));
     std::thread::Builder::new().name("hobble-control".into()).spawn(move || {
         for stream in listener.incoming() {
             let Ok(stream) = stream else { continue };
-            if let Err(refusal) = admit(&stream, &open) {
+            if let Err(refusal) = admit(&stream) {
                 let _ = write_response(&stream, &refusal);
                 continue;
             }
-            let (front, counted) = (Arc::clone(&front), Arc::clone(&open));
+            let front = Arc::clone(&front);
             let spawned = std::thread::Builder::new().name("hobble-client".into()).spawn(move || {
                 if let Err(error) = converse(&stream, &front) {
                     tracing::debug!(%error, "control connection ended");
                 }
-                counted.fetch_sub(1, Ordering::Relaxed);
+                OPEN.fetch_sub(1, Ordering::Relaxed);
             });
             if spawned.is_err() {
-                open.fetch_sub(1, Ordering::Relaxed);
+                OPEN.fetch_sub(1, Ordering::Relaxed);
             }
         }
     })?;
@@ -82,7 +89,7 @@ fn problem(cause: impl Into<String>, hint: Option<&str>) -> Response {
     Response::Err(Problem { cause: cause.into(), hint: hint.map(str::to_owned) })
 }
 
-fn admit(stream: &UnixStream, open: &AtomicUsize) -> Result<(), Response> {
+fn admit(stream: &UnixStream) -> Result<(), Response> {
     let peer = rustix::net::sockopt::socket_peercred(stream)
         .map_err(|error| problem(format!("the caller's identity cannot be read: {error}"), None))?;
     if !peer.uid.is_root() {
@@ -92,8 +99,8 @@ fn admit(stream: &UnixStream, open: &AtomicUsize) -> Result<(), Response> {
             Some("run the command as root"),
         ));
     }
-    if open.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
-        open.fetch_sub(1, Ordering::Relaxed);
+    if OPEN.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
+        OPEN.fetch_sub(1, Ordering::Relaxed);
         return Err(problem(format!("{MAX_CONNECTIONS} control connections are open already"), None));
     }
     Ok(())
@@ -178,5 +185,121 @@ fn events(stream: &UnixStream, front: &Front, follow: bool, mut since: u64) -> i
             since = event.seq.map_or(since, |seq| seq + 1);
             write_response(stream, &Response::Event(Box::new(event)))?;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::Client;
+    use hobble_api::Timestamp;
+    use hobble_api::event::EventKind;
+    use hobble_api::status::{Phase, Scope};
+
+    fn status() -> Status {
+        Status {
+            id: "abcd".into(),
+            phase: Phase::Attached,
+            paused: false,
+            targets: vec![],
+            scope: Scope::Tree,
+            path: "/data".into(),
+            started: Timestamp::UNIX_EPOCH,
+            deadline: None,
+            seed: 7,
+            rules: vec![],
+            server_pid: None,
+            holder_pid: None,
+            passthrough: true,
+            degraded: vec![],
+            not_covered: vec![],
+        }
+    }
+
+    struct Rig {
+        dir: tempfile::TempDir,
+        board: Arc<Board>,
+        commands: mpsc::Receiver<Command>,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+            let board = Arc::new(Board::new(status()));
+            let (engine, commands) = mpsc::channel();
+            let front = Front { board: Arc::clone(&board), refresh: Box::new(|status| status.paused = true), engine };
+            serve(bind(&dir.path().join("s")).unwrap(), Arc::new(front)).unwrap();
+            Self { dir, board, commands }
+        }
+
+        fn client(&self) -> Client {
+            Client::connect("abcd", &self.dir.path().join("s")).unwrap()
+        }
+    }
+
+    #[test]
+    fn status_is_refreshed_and_commands_reach_the_engine() {
+        let rig = Rig::new();
+        let mut client = rig.client();
+        assert!(client.status().unwrap().paused);
+        let engine = std::thread::spawn(move || match rig.commands.recv().unwrap() {
+            Command::Pause { answer } => answer.send(Response::Ok(Answer::Done {})).unwrap(),
+            other => panic!("{other:?}"),
+        });
+        client.pause().unwrap();
+        engine.join().unwrap();
+        // The engine is gone now: said, not waited for.
+        assert!(client.resume().unwrap_err().to_string().contains("going away"));
+    }
+
+    #[test]
+    fn followers_see_every_event_and_then_the_end() {
+        let rig = Rig::new();
+        rig.board.publish(EventKind::Paused {});
+        let mut events = rig.client().events(true, None).unwrap();
+        assert_eq!(events.next(Duration::from_secs(5)).unwrap().unwrap().seq, Some(0));
+        rig.board.publish(EventKind::Resumed {});
+        assert_eq!(events.next(Duration::from_secs(5)).unwrap().unwrap().kind, EventKind::Resumed {});
+        rig.board.close();
+        while !events.ended() {
+            assert!(events.next(Duration::from_secs(5)).unwrap().is_none());
+        }
+    }
+
+    #[test]
+    fn nonsense_is_answered_and_the_connection_lives_on() {
+        let rig = Rig::new();
+        let mut stream = UnixStream::connect(rig.dir.path().join("s")).unwrap();
+        stream.write_all(b"{\"v\":1,\"request\":\"explode\"}\n{\"v\":1,\"request\":\"ping\"}\n").unwrap();
+        let mut text = String::new();
+        let mut chunk = [0; 4096];
+        while text.lines().count() < 2 || !text.ends_with('\n') {
+            let length = stream.read(&mut chunk).unwrap();
+            text.push_str(std::str::from_utf8(&chunk[..length]).unwrap());
+        }
+        assert!(text.contains("unknown variant `explode`"), "{text}");
+        assert!(text.contains("pong"), "{text}");
+    }
+
+    #[test]
+    fn another_uid_is_refused_even_when_the_socket_lets_it_in() {
+        let rig = Rig::new();
+        let path = rig.dir.path().join("s");
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+        let text = std::thread::spawn(move || {
+            let nobody = rustix::process::Uid::from_raw(65534);
+            // Raw system call: only this thread changes.
+            rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+            let mut stream = UnixStream::connect(path).unwrap();
+            let _ = stream.write_all(b"{\"v\":1,\"request\":\"recover\"}\n");
+            let mut text = String::new();
+            let _ = stream.read_to_string(&mut text);
+            text
+        })
+        .join()
+        .unwrap();
+        assert!(text.contains("uid 65534 may not control"), "{text}");
+        assert!(rig.commands.try_recv().is_err());
     }
 }

@@ -10,6 +10,9 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 
+use hobble_graft::ids::MountId;
+use hobble_graft::mounts::{PropagationRecord, UniqueMountId};
+use hobble_graft::proc::mountinfo::Propagation;
 use serde::{Deserialize, Serialize};
 
 /// A process that cannot be mistaken for a later one with the same pid (`/proc/<pid>/stat` field 22).
@@ -62,6 +65,52 @@ pub(crate) struct PosixLock {
     pub(crate) end_byte: u64,
 }
 
+/// The mount around the volume, and how it propagated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Around {
+    /// Its number.
+    pub(crate) mount: u64,
+    /// Its number that is never given again.
+    pub(crate) unique: u64,
+    /// `shared:N`.
+    pub(crate) peer_group: Option<u64>,
+    /// `master:N`.
+    pub(crate) master: Option<u64>,
+    /// `propagate_from:N`.
+    pub(crate) propagate_from: Option<u64>,
+    /// `unbindable`.
+    pub(crate) unbindable: bool,
+}
+
+impl From<PropagationRecord> for Around {
+    fn from(record: PropagationRecord) -> Self {
+        let propagation = record.propagation;
+        Self {
+            mount: record.mount.0,
+            unique: record.unique.0,
+            peer_group: propagation.peer_group,
+            master: propagation.master,
+            propagate_from: propagation.propagate_from,
+            unbindable: propagation.is_unbindable,
+        }
+    }
+}
+
+impl From<Around> for PropagationRecord {
+    fn from(around: Around) -> Self {
+        Self {
+            mount: MountId(around.mount),
+            unique: UniqueMountId(around.unique),
+            propagation: Propagation {
+                peer_group: around.peer_group,
+                master: around.master,
+                propagate_from: around.propagate_from,
+                is_unbindable: around.unbindable,
+            },
+        }
+    }
+}
+
 /// One line of the journal.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "record", rename_all = "snake_case", deny_unknown_fields)]
@@ -110,18 +159,21 @@ pub(crate) enum Record {
         /// All of them.
         processes: Vec<Who>,
     },
-    /// The hook is about to be placed.
-    Placing {
-        /// Propagation of the covering mount as it was, to be restored.
-        #[serde(default)]
-        propagation: Option<String>,
-    },
+    /// The hook is about to be placed; the propagation of the mount around the volume, to be given back.
+    Placing(Around),
     /// Something is about to be left in a process, until the routine in it ends.
     Residue {
         /// The process.
         who: Who,
         /// As `hobble-graft` writes it.
         what: serde_json::Value,
+    },
+    /// A process's soft limit on descriptors is about to be raised for the time of an exchange.
+    Limit {
+        /// The process.
+        pid: i32,
+        /// Its limit before.
+        soft: u64,
     },
     /// Descriptors are about to be exchanged.
     Grafting,

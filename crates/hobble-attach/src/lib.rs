@@ -14,26 +14,35 @@
 //! * [`list`], [`Client`]: what is attached, and requests to it. [`recover`]: undo by a fresh process, from the journal.
 //! * [`serve_entry`]: what the hidden command `__serve` of the program runs.
 
+mod attaching;
 mod board;
 mod client;
 mod control;
+mod detaching;
 mod doctor;
 mod engine;
 mod error;
 mod exec;
 pub mod fault_point;
 mod holder;
+mod hook;
 mod inspect;
 mod journal;
+mod journaling;
 mod list;
+mod lock_keeper;
 mod options;
 mod preflight;
 mod recover;
+mod reopening;
 mod scope;
 mod server;
 mod session;
+mod single_file;
 mod state_dir;
+mod story;
 mod sys;
+mod volume;
 
 pub use client::{Client, Events, only_id};
 pub use doctor::doctor;

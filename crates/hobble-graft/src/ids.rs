@@ -101,6 +101,23 @@ pub struct Device {
     pub minor: u32,
 }
 
+impl Device {
+    /// The number that `st_dev` holds.
+    #[must_use]
+    pub fn raw(self) -> u64 {
+        rustix::fs::makedev(self.major, self.minor)
+    }
+
+    /// The device that `st_dev` names.
+    #[must_use]
+    pub fn from_raw(dev: u64) -> Self {
+        Self {
+            major: rustix::fs::major(dev),
+            minor: rustix::fs::minor(dev),
+        }
+    }
+}
+
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.major, self.minor)

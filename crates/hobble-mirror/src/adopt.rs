@@ -35,6 +35,14 @@ pub struct AdoptedId(u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HandleId(pub(crate) Fh);
 
+impl HandleId {
+    /// A number that no other open file of this hook has or had.
+    #[must_use]
+    pub const fn number(self) -> u64 {
+        self.0.0
+    }
+}
+
 /// What is known about a description that is to be moved.
 #[derive(Clone, Debug, Default)]
 pub struct Adoption {
@@ -338,6 +346,16 @@ impl Mirror {
         Ok(again)
     }
 
+    /// Says that these files are about to be closed because others have taken their place on the same descriptions
+    /// ([`Mirror::reopen_stand_in`]): closing them gives up no lock. With `false`, takes that back.
+    pub fn supersede(&self, handles: &[HandleId], on: bool) {
+        for handle in handles {
+            if let Ok(handle) = self.inner.handles.get(handle.0) {
+                handle.superseded.store(on, Ordering::Release);
+            }
+        }
+    }
+
     /// Whether the hook's file was opened in a mode in which no rule of the present plan is bypassed.
     ///
     /// # Errors
@@ -599,13 +617,15 @@ impl Attempt<'_> {
     fn by_alias(&self) -> io::Result<OwnedFd> {
         static SERIAL: AtomicU64 = AtomicU64::new(0);
         let (directory, parent, mut name) = self.place()?;
+        self.door.take_seen();
         let taken = rustix::fs::statx(
             &directory,
             CString::new(name.clone())?,
             AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_FORCE_SYNC,
             StatxFlags::TYPE,
         );
-        if taken.is_ok() {
+        let its_own = self.door.take_seen() == Some(self.adopted.node.id);
+        if taken.is_ok() && !its_own {
             // The name is somebody else's now: the kernel would use what it has cached under it.
             name.truncate(200);
             name.extend_from_slice(

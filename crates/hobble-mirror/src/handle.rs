@@ -40,6 +40,8 @@ pub(crate) struct Handle {
     pub(crate) ofd_owner: Mutex<Option<LockOwner>>,
     /// The description has been given back to the program: what happens to this handle no longer concerns its locks.
     pub(crate) given_back: AtomicBool,
+    /// Another open file has taken its place, and its locks.
+    pub(crate) superseded: AtomicBool,
     /// Position of a directory's description; requests of one open directory are served one at a time.
     pub(crate) directory: Mutex<Option<u64>>,
 }
@@ -123,6 +125,7 @@ impl Handles {
             opener: new.opener,
             ofd_owner: Mutex::new(None),
             given_back: AtomicBool::new(false),
+            superseded: AtomicBool::new(false),
             directory: Mutex::new(None),
         });
         write(&self.open).insert(fh.0, Arc::clone(&handle));

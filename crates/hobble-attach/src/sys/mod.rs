@@ -90,3 +90,25 @@ pub(crate) fn inherited(number: i32) -> std::os::fd::OwnedFd {
     // that nothing else in this process knows; called once for each.
     unsafe { std::os::fd::FromRawFd::from_raw_fd(number) }
 }
+
+/// Sets the soft limit on descriptors of another process, its hard limit left alone.
+pub(crate) fn set_soft_descriptor_limit(pid: i32, soft: u64) -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one rlimit to a valid place; nothing is set.
+    let read = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &mut limit) };
+    if read != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    limit.rlim_cur = soft.min(limit.rlim_max);
+    // SAFETY: the kernel reads one rlimit; nothing is written.
+    let set = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) };
+    if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Gives up every byte-range lock of an open file description.
+pub(crate) fn unlock_description(fd: std::os::fd::BorrowedFd<'_>) -> io::Result<()> {
+    let lock = libc::flock { l_type: libc::F_UNLCK as libc::c_short, l_whence: libc::SEEK_SET as libc::c_short, l_start: 0, l_len: 0, l_pid: 0 };
+    // SAFETY: F_OFD_SETLK reads one flock structure (fcntl(2)).
+    let done = unsafe { libc::fcntl(std::os::fd::AsRawFd::as_raw_fd(&fd), libc::F_OFD_SETLK, &lock) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -265,11 +265,22 @@ impl Covering {
             });
         }
         let root = location.mount_root()?;
-        let own = MountNamespace::of(crate::ids::Pid::own())?;
         let mut member = None;
         if !record.propagation.is_private() {
-            for place in [namespace, &own] {
-                member = member.or(place.enter(timeout, move |inside| member_of(inside, record))??);
+            let near = MountNamespace::from_descriptor(
+                namespace
+                    .as_fd()
+                    .try_clone_to_owned()
+                    .map_err(MountsError::Thread)?,
+            )?;
+            for place in std::iter::once(near).chain(MountNamespace::all()?) {
+                // A namespace that cannot be searched has no member that could be used.
+                if let Ok(Ok(found @ Some(_))) =
+                    place.enter(timeout, move |inside| member_of(inside, record))
+                {
+                    member = found;
+                    break;
+                }
             }
         }
         namespace.enter(timeout, move |_| {
@@ -346,30 +357,44 @@ fn give_back(
     )
 }
 
-/// A detached copy with the groups of the record, made from any mount that has them. To be called inside a namespace.
+/// A detached copy with the groups of the record, made from any mount that has them, or that is of the group that ours was a slave of.
+/// To be called inside a namespace.
 fn member_of(inside: &Inside, record: PropagationRecord) -> Result<Option<OwnedFd>, MountsError> {
     let before = record.propagation;
-    for mount in inside.mounts()? {
-        if mount.id == record.mount {
-            continue;
-        }
-        let is_peer =
-            before.peer_group.is_some() && mount.propagation.peer_group == before.peer_group;
-        let is_sibling = before.peer_group.is_none()
-            && mount.propagation.peer_group.is_none()
+    let mounts = inside.mounts()?;
+    let others = || mounts.iter().filter(|m| m.id != record.mount);
+    let peers = others()
+        .filter(|m| before.peer_group.is_some() && m.propagation.peer_group == before.peer_group);
+    let siblings = others().filter(|m| {
+        let now = m.propagation;
+        before.peer_group.is_none()
+            && now.peer_group.is_none()
             && before.master.is_some()
-            && mount.propagation.master == before.master;
-        if !is_peer && !is_sibling {
+            && now.master == before.master
+    });
+    let masters =
+        others().filter(|m| before.master.is_some() && m.propagation.peer_group == before.master);
+    let candidates = peers
+        .map(|m| (m, false))
+        .chain(siblings.map(|m| (m, false)))
+        .chain(masters.map(|m| (m, true)));
+    for (mount, is_master) in candidates {
+        let Ok(root) = super::volume::open_in(inside.root(), &mount.mount_point, OFlags::empty())
+        else {
+            continue;
+        };
+        // Something else may lie over its mount point.
+        if !look(root.as_fd()).is_ok_and(|seen| seen.mount == mount.id) {
             continue;
         }
-        let opened = super::volume::open_in(inside.root(), &mount.mount_point, OFlags::empty());
-        let Ok(root) = opened else { continue };
-        // Something else may lie over its mount point.
-        if look(root.as_fd()).is_ok_and(|seen| seen.mount == mount.id)
-            && let Ok(member) = copy(root.as_fd(), false)
-        {
-            return Ok(Some(member));
+        let Ok(member) = copy(root.as_fd(), false) else {
+            continue;
+        };
+        // The copy is a peer of its original; as a slave of that it is what ours was.
+        if is_master && sys::set_propagation(member.as_fd(), libc::MS_SLAVE, false).is_err() {
+            continue;
         }
+        return Ok(Some(member));
     }
     Ok(None)
 }

@@ -28,7 +28,9 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use crate::census::{Census, DescriptionId, DescriptionLock, FsId, FsStruct, MappedFileId, Member, SpaceId};
+use crate::census::{
+    Census, DescriptionId, DescriptionLock, FsId, FsStruct, MappedFileId, Member, SpaceId,
+};
 use crate::ids::{Fd, Pid, ProcessId};
 use crate::remote::RemoteError;
 use crate::stop::{Deadline, Stopped};
@@ -169,7 +171,10 @@ pub enum SwitchError {
 
 impl SwitchError {
     fn is_gone(&self) -> bool {
-        matches!(self, Self::Gone { .. } | Self::Remote(RemoteError::Gone { .. }))
+        matches!(
+            self,
+            Self::Gone { .. } | Self::Remote(RemoteError::Gone { .. })
+        )
     }
 }
 
@@ -297,10 +302,19 @@ impl<'c> Switch<'c> {
         handover: &mut dyn LockHandover,
     ) -> Result<Report, SwitchFailed> {
         let begun = Instant::now();
-        let mut report = Report { descriptions: self.descriptions.len(), ..Report::default() };
-        let failed = |error, rolled_back| SwitchFailed { error, rolled_back, undo: Vec::new() };
+        let mut report = Report {
+            descriptions: self.descriptions.len(),
+            ..Report::default()
+        };
+        let failed = |error, rolled_back| SwitchFailed {
+            error,
+            rolled_back,
+            undo: Vec::new(),
+        };
         self.carry_over().map_err(|error| failed(error, true))?;
-        let mut jobs = self.jobs(stopped, &mut report).map_err(|error| failed(error, true))?;
+        let mut jobs = self
+            .jobs(stopped, &mut report)
+            .map_err(|error| failed(error, true))?;
         let mut error = None;
         let mut last_gone = None;
         for job in &mut jobs {
@@ -316,7 +330,10 @@ impl<'c> Switch<'c> {
                 }
             }
         }
-        let all_gone = !jobs.is_empty() && jobs.iter().all(|job| report.gone.contains(&job.process.pid));
+        let all_gone = !jobs.is_empty()
+            && jobs
+                .iter()
+                .all(|job| report.gone.contains(&job.process.pid));
         let error = error.or(if all_gone { last_gone } else { None });
         if let Some(error) = error {
             return Err(Self::undo(error, &mut jobs, stopped, log, handover));
@@ -345,28 +362,42 @@ impl<'c> Switch<'c> {
                 Err(reason) => undo.push(reason),
             }
         }
-        SwitchFailed { error, rolled_back: undo.is_empty(), undo }
+        SwitchFailed {
+            error,
+            rolled_back: undo.is_empty(),
+            undo,
+        }
     }
 
     fn carry_over(&self) -> Result<(), SwitchError> {
         for (id, replacement) in &self.descriptions {
             if let Some(facts) = self.census.description(*id) {
-                copy_description_state(facts, replacement.as_fd())
-                    .map_err(|errno| SwitchError::State { description: *id, errno })?;
+                copy_description_state(facts, replacement.as_fd()).map_err(|errno| {
+                    SwitchError::State {
+                        description: *id,
+                        errno,
+                    }
+                })?;
             }
         }
         Ok(())
     }
 
     /// Divides the work among as few threads as possible.
-    fn jobs<'s>(&'s self, stopped: &Stopped, report: &mut Report) -> Result<Vec<Job<'s>>, SwitchError> {
+    fn jobs<'s>(
+        &'s self,
+        stopped: &Stopped,
+        report: &mut Report,
+    ) -> Result<Vec<Job<'s>>, SwitchError> {
         let mut jobs: Vec<Job<'s>> = Vec::new();
         for table in self.census.tables() {
             let items = self.items_of(table.id);
             if items.is_empty() {
                 continue;
             }
-            let job = job_for(&mut jobs, self.census, stopped, &table.members, |job| job.items.is_empty())?;
+            let job = job_for(&mut jobs, self.census, stopped, &table.members, |job| {
+                job.items.is_empty()
+            })?;
             job.items = items;
         }
         for fs in self.census.fs_structs() {
@@ -374,17 +405,26 @@ impl<'c> Switch<'c> {
             if items.is_empty() {
                 continue;
             }
-            job_for(&mut jobs, self.census, stopped, &fs.members, |_| true)?.directories.extend(items);
+            job_for(&mut jobs, self.census, stopped, &fs.members, |_| true)?
+                .directories
+                .extend(items);
         }
         for space in self.census.spaces() {
             let mut items = Vec::new();
             for mapping in &space.mappings {
-                let (Some(there), Some(file)) = (self.files.get(&mapping.file), self.census.mapped_file(mapping.file)) else {
+                let (Some(there), Some(file)) = (
+                    self.files.get(&mapping.file),
+                    self.census.mapped_file(mapping.file),
+                ) else {
                     continue;
                 };
                 match mappings::obstacle(mapping) {
                     Some(reason) => {
-                        report.not_moved.push(NotMoved::Mapping { space: space.id, start: mapping.start, reason });
+                        report.not_moved.push(NotMoved::Mapping {
+                            space: space.id,
+                            start: mapping.start,
+                            reason,
+                        });
                     }
                     None => items.push(mappings::Item {
                         mapping,
@@ -395,9 +435,14 @@ impl<'c> Switch<'c> {
                 }
             }
             if !items.is_empty() {
-                let members: Vec<Member> =
-                    space.processes.iter().flat_map(|pid| stopped.threads(*pid).map(|tid| Member { pid: *pid, tid })).collect();
-                job_for(&mut jobs, self.census, stopped, &members, |_| true)?.mappings.extend(items);
+                let members: Vec<Member> = space
+                    .processes
+                    .iter()
+                    .flat_map(|pid| stopped.threads(*pid).map(|tid| Member { pid: *pid, tid }))
+                    .collect();
+                job_for(&mut jobs, self.census, stopped, &members, |_| true)?
+                    .mappings
+                    .extend(items);
             }
         }
         Ok(jobs)
@@ -406,14 +451,24 @@ impl<'c> Switch<'c> {
     fn items_of(&self, table: crate::census::TableId) -> Vec<descriptors::Item<'_>> {
         let mut items = Vec::new();
         for (id, there) in &self.descriptions {
-            let Some(facts) = self.census.description(*id) else { continue };
-            let places: Vec<(Fd, bool)> =
-                facts.places.iter().filter(|p| p.table == table).map(|p| (p.fd, p.close_on_exec)).collect();
+            let Some(facts) = self.census.description(*id) else {
+                continue;
+            };
+            let places: Vec<(Fd, bool)> = facts
+                .places
+                .iter()
+                .filter(|p| p.table == table)
+                .map(|p| (p.fd, p.close_on_exec))
+                .collect();
             if places.is_empty() {
                 continue;
             }
             let held = self.locks.get(id).unwrap_or(&facts.locks);
-            let locks = held.iter().filter(|l| l.table == Some(table)).map(|l| l.lock).collect();
+            let locks = held
+                .iter()
+                .filter(|l| l.table == Some(table))
+                .map(|l| l.lock)
+                .collect();
             items.push(descriptors::Item {
                 description: *id,
                 there: there.as_fd(),
@@ -433,7 +488,15 @@ impl<'c> Switch<'c> {
             .filter_map(|(directory, is_root)| {
                 let there: BorrowedFd<'s> = self.directories.get(&(fs.id, is_root))?.as_fd();
                 let back = directory.as_ref()?.kept.as_fd();
-                Some((fs.id, directories::Item { there, back, is_root, is_touched: false }))
+                Some((
+                    fs.id,
+                    directories::Item {
+                        there,
+                        back,
+                        is_root,
+                        is_touched: false,
+                    },
+                ))
             })
             .collect()
     }
@@ -447,15 +510,29 @@ fn job_for<'j, 's>(
     members: &[Member],
     fits: impl Fn(&Job<'_>) -> bool,
 ) -> Result<&'j mut Job<'s>, SwitchError> {
-    let is_member = |job: &Job<'_>| members.iter().any(|m| m.pid == job.process.pid && m.tid == job.tid);
+    let is_member = |job: &Job<'_>| {
+        members
+            .iter()
+            .any(|m| m.pid == job.process.pid && m.tid == job.tid)
+    };
     let still = |m: &&Member| stopped.threads(m.pid).any(|tid| tid == m.tid);
-    let nobody = || SwitchError::NotStill { pid: members.first().map_or_else(Pid::own, |m| m.pid) };
+    let nobody = || SwitchError::NotStill {
+        pid: members.first().map_or_else(Pid::own, |m| m.pid),
+    };
     let index = match jobs.iter().position(|job| is_member(job) && fits(job)) {
         Some(index) => index,
         None => {
             let member = members.iter().find(still).ok_or_else(nobody)?;
-            let process: ProcessId = *stopped.processes().iter().find(|p| p.pid == member.pid).ok_or_else(nobody)?;
-            let table = census.tables().iter().find(|t| t.members.contains(member)).ok_or_else(nobody)?;
+            let process: ProcessId = *stopped
+                .processes()
+                .iter()
+                .find(|p| p.pid == member.pid)
+                .ok_or_else(nobody)?;
+            let table = census
+                .tables()
+                .iter()
+                .find(|t| t.members.contains(member))
+                .ok_or_else(nobody)?;
             jobs.push(Job::new(process, member.tid, table));
             jobs.len() - 1
         }

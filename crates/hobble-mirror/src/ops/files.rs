@@ -389,7 +389,9 @@ impl Inner {
         };
         let leave = handle.given_back.load(Ordering::Acquire);
         if handle.node.is_regular() {
-            self.locks.release(handle.node.id, fh, leave);
+            if !handle.superseded.load(Ordering::Acquire) {
+                self.locks.release(handle.node.id, fh, leave);
+            }
             self.leave_io(&handle.node);
         }
         // The last close of a description drops its flock; a moved description is also held by the table of adopted ones, and perhaps by the layer above.
@@ -415,7 +417,9 @@ impl Inner {
 
     /// Drops the POSIX locks of a process that closes a descriptor.
     pub(crate) fn flush_locks(&self, fh: Fh, owner: LockOwner) {
-        if let Ok(handle) = self.handles.get(fh) {
+        if let Ok(handle) = self.handles.get(fh).and_then(|handle| {
+            if handle.superseded.load(Ordering::Acquire) { Err(io::ErrorKind::NotFound.into()) } else { Ok(handle) }
+        }) {
             let leave = handle.given_back.load(Ordering::Acquire);
             self.locks
                 .flush(handle.node.id, Self::owner(&handle, owner), leave);

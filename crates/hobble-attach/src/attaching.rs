@@ -1,0 +1,569 @@
+//! The way in: from a native target to one that runs on the hook.
+//!
+//! Invariants: the target stands still only between [`Stopped`]'s making and its drop, and never longer than `--max-pause` plus the undoing of
+//! what was begun; whatever fails leaves it native. Stand-ins are opened while the target runs; what changed meanwhile is found by a
+//! second look while it stands still.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use hobble_api::event::EventKind;
+use hobble_api::status::{NotCovered as NotCoveredStatus, Scope, Verdict};
+use hobble_graft::census::{self, Census, DescriptionId, Difference, FsId, MappedFileId, SpaceId};
+use hobble_graft::ids::{Pid, ProcessId};
+use hobble_graft::proc::tree;
+use hobble_graft::stop::{Deadline, StopError, Stopped, Tracer};
+use hobble_graft::switch::{NotMoved, Report, Switch};
+
+use crate::engine::{Engine, Moved};
+use crate::error::{AttachError, Step};
+use crate::fault_point;
+use crate::hook::Hook;
+use crate::journal::{Kept, Place, Record, Who};
+use crate::journaling::Steps;
+use crate::lock_keeper::Inwards;
+use hobble_mirror::adopt::{AdoptedId, HandleId};
+use crate::preflight::{self, chain};
+use crate::volume::Volume;
+
+/// How often a target that could not be stopped in time is tried again: a slow fsync may just have been under way.
+const TRIES: u32 = 3;
+/// Between two tries.
+const BREATH: Duration = Duration::from_millis(60);
+/// How often what was missed is looked for after letting go.
+const ROUNDS: u32 = 6;
+
+/// The target and its living descendants, without this attachment's own processes.
+pub(crate) fn tree_of(pid: i32) -> Vec<i32> {
+    let Some(root) = Pid::new(pid).and_then(|pid| ProcessId::of(pid).ok()) else { return Vec::new() };
+    tree::descendants(&[root])
+        .map(|found| found.into_iter().map(|process| process.pid.as_raw()).collect())
+        .unwrap_or_else(|_| vec![pid])
+}
+
+/// Everybody in the mount namespace of a process.
+pub(crate) fn namespace_of(pid: i32) -> Vec<i32> {
+    let Some(pid) = Pid::new(pid) else { return Vec::new() };
+    tree::mount_namespace(pid)
+        .and_then(tree::in_mount_namespace)
+        .map(|found| found.processes.into_iter().map(|process| process.pid.as_raw()).collect())
+        .unwrap_or_default()
+}
+
+/// Whether a process exists and is no zombie.
+pub(crate) fn is_running(pid: i32) -> bool {
+    Pid::new(pid).and_then(|pid| ProcessId::of(pid).ok()).is_some_and(|process| process.is_alive().unwrap_or(true))
+}
+
+/// This attachment's own processes, which are never targets: the server, the holder and the session that started them.
+fn is_own(pid: Pid) -> bool {
+    let own = rustix::process::getpid().as_raw_nonzero().get();
+    let holder = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get());
+    pid.as_raw() == own || Some(pid.as_raw()) == holder
+}
+
+/// The processes to be stopped and moved.
+pub(crate) fn processes(target: ProcessId, scope: Scope) -> Result<Vec<ProcessId>, AttachError> {
+    let failed = |error| AttachError::new(Step::Preflight, "the target's processes cannot be listed").because(error);
+    let mut found = match scope {
+        Scope::Tree => tree::descendants(&[target]).map_err(failed)?,
+        Scope::Namespace => {
+            let namespace = tree::mount_namespace(target.pid).map_err(failed)?;
+            tree::in_mount_namespace(namespace).map_err(failed)?.processes
+        }
+    };
+    found.retain(|process| !is_own(process.pid));
+    Ok(found)
+}
+
+/// What replaces what the census found: opened on the hook, each bound to the original it stands for.
+#[derive(Default)]
+pub(crate) struct StandIns {
+    descriptions: BTreeMap<DescriptionId, OwnedFd>,
+    adopted: BTreeMap<DescriptionId, AdoptedId>,
+    files: BTreeMap<MappedFileId, OwnedFd>,
+    directories: BTreeMap<(FsId, bool), OwnedFd>,
+    /// Adopted for the sake of a stand-in only: mappings and directories keep their files themselves.
+    passing: Vec<AdoptedId>,
+    /// What could not be opened on the hook, and why: it stays native and is reported.
+    failed: Vec<NotCoveredStatus>,
+    unopened: usize,
+}
+
+impl StandIns {
+    /// Opens what is missing. Gives back the descriptions that are new, for the journal.
+    fn complete(&mut self, hook: &Hook, census: &Census, mut each: impl FnMut(usize)) -> Vec<Kept> {
+        let mut kept = Vec::new();
+        let mut opened = 0;
+        self.failed.clear();
+        self.unopened = 0;
+        for description in census.descriptions() {
+            if self.descriptions.contains_key(&description.id) {
+                continue;
+            }
+            let found: Vec<Place> = description.places.iter().flat_map(|place| places(census, *place)).collect();
+            let pid = found.first().and_then(|place| u32::try_from(place.who.pid).ok()).unwrap_or(0);
+            match hook.stand_in_for(description, pid) {
+                Ok((holder_fd, id, stand_in)) => {
+                    let (dev, ino) = (description.facts.device.raw(), description.facts.inode);
+                    kept.push(Kept { holder_fd, dev, ino, places: found });
+                    self.adopted.insert(description.id, id);
+                    self.descriptions.insert(description.id, stand_in);
+                }
+                Err(error) => {
+                    self.unopened += 1;
+                    self.failed.push(not_opened(&description.facts.path, &error));
+                }
+            }
+            opened += 1;
+            each(opened);
+        }
+        for file in census.mapped_files() {
+            if self.files.contains_key(&file.id) {
+                continue;
+            }
+            match hook.stand_in_for_mapping(file) {
+                Ok((id, stand_in)) => {
+                    self.passing.push(id);
+                    self.files.insert(file.id, stand_in);
+                }
+                Err(error) => self.failed.push(not_opened(&file.facts.path, &error)),
+            }
+            opened += 1;
+            each(opened);
+        }
+        // Directories are opened every time: an id stays while its directory changes.
+        self.directories.clear();
+        for fs in census.fs_structs() {
+            for (directory, is_root) in [(&fs.cwd, false), (&fs.root, true)] {
+                let Some(directory) = directory else { continue };
+                match hook.stand_in_for_directory(directory) {
+                    Ok((id, stand_in)) => {
+                        self.passing.push(id);
+                        self.directories.insert((fs.id, is_root), stand_in);
+                    }
+                    Err(error) => self.failed.push(not_opened(&directory.facts.path, &error)),
+                }
+            }
+        }
+        kept
+    }
+
+    /// Forgets what a second look found gone.
+    fn forget(&mut self, hook: &Hook, difference: &Difference) {
+        for gone in &difference.vanished {
+            self.descriptions.remove(&gone.id);
+            if let Some(id) = self.adopted.remove(&gone.id) {
+                hook.mirror().disown(id);
+            }
+        }
+    }
+
+    /// Handles of the stand-ins for files on which POSIX locks are held.
+    fn locked_handles(&self, hook: &Hook, census: &Census) -> BTreeMap<(u64, u64), Vec<HandleId>> {
+        let mut handles: BTreeMap<(u64, u64), Vec<HandleId>> = BTreeMap::new();
+        for description in census.descriptions().filter(|description| description.locks.iter().any(|held| held.table.is_some())) {
+            let Some(stand_in) = self.descriptions.get(&description.id) else { continue };
+            if let Ok(info) = hook.mirror().identify(stand_in.as_fd())
+                && let Some(handle) = info.handle
+            {
+                handles.entry((description.facts.device.raw(), description.facts.inode)).or_default().push(handle);
+            }
+        }
+        handles
+    }
+
+    /// The exchange of everything that has a stand-in, which it takes.
+    fn switch<'c>(&mut self, census: &'c Census) -> Switch<'c> {
+        let mut switch = Switch::new(census);
+        for (id, stand_in) in std::mem::take(&mut self.descriptions) {
+            switch.description(id, stand_in);
+        }
+        for (id, stand_in) in std::mem::take(&mut self.files) {
+            switch.mapped_file(id, stand_in);
+        }
+        for ((id, is_root), stand_in) in std::mem::take(&mut self.directories) {
+            if is_root { switch.root_directory(id, stand_in) } else { switch.working_directory(id, stand_in) }
+        }
+        switch
+    }
+
+    /// After an exchange that did not happen: nothing stands in for anything, the originals need not be kept.
+    fn disown_all(&mut self, hook: &Hook) {
+        for (_, id) in std::mem::take(&mut self.adopted) {
+            hook.mirror().disown(id);
+        }
+        self.disown_passing(hook);
+    }
+
+    /// After an exchange: mappings and directories hold what they need themselves.
+    fn disown_passing(&mut self, hook: &Hook) {
+        for id in std::mem::take(&mut self.passing) {
+            hook.mirror().disown(id);
+        }
+    }
+}
+
+fn not_opened(path: &std::path::Path, error: &dyn std::error::Error) -> NotCoveredStatus {
+    NotCoveredStatus { what: path.display().to_string(), reason: format!("it cannot be opened on the hook: {}", chain(error)), pid: None }
+}
+
+fn places(census: &Census, place: census::Place) -> Vec<Place> {
+    let table = census.tables().iter().find(|table| table.id == place.table);
+    let mut pids: Vec<Pid> = table.map(|table| table.members.iter().map(|member| member.pid).collect()).unwrap_or_default();
+    pids.dedup();
+    pids.into_iter()
+        .filter_map(|pid| census.processes().iter().find(|process| process.id.pid == pid))
+        .map(|process| Place { who: who(process.id), fd: place.fd.as_raw() })
+        .collect()
+}
+
+/// A process as the journal names it.
+pub(crate) fn who(process: ProcessId) -> Who {
+    Who { pid: process.pid.as_raw(), start: process.start_time }
+}
+
+/// A failed stop, in the words of an attachment.
+pub(crate) fn stop_failed(step: Step, error: StopError) -> AttachError {
+    let vanished = matches!(error, StopError::Gone { .. });
+    let hint = match &error {
+        StopError::Unstoppable { .. } => Some("nothing was changed; try again, or allow more time with --max-pause"),
+        StopError::Traced { .. } => Some("end the debugger, strace or other attachment first"),
+        _ => None,
+    };
+    let failed = AttachError::new(step, "the target could not be stopped").because(error);
+    let failed = if vanished { failed.exiting(hobble_api::exit::ExitCode::TargetVanished) } else { failed };
+    match hint {
+        Some(hint) => failed.hinting(hint),
+        None => failed,
+    }
+}
+
+/// Carries errors out of [`Tracer::scope`].
+pub(crate) struct Traced(pub(crate) AttachError);
+
+impl From<StopError> for Traced {
+    fn from(error: StopError) -> Self {
+        Self(stop_failed(Step::Stop, error))
+    }
+}
+
+impl Engine {
+    /// Moves the target onto a hook of its own; rules are off.
+    pub(crate) fn attach(&mut self) -> Result<(), AttachError> {
+        let path = std::path::PathBuf::from(<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(self.config.path.clone()));
+        let survey = preflight::survey(self.config.pid, self.config.start_time, self.config.scope, &path, &self.config.state_dir)?;
+        self.board.publish(EventKind::Preflight(survey.preflight.clone()));
+        if let Some(refusal) = survey.refusal {
+            return Err(refusal);
+        }
+        let (Some(volume), Some(census)) = (survey.volume, survey.census) else {
+            return Err(AttachError::new(Step::Preflight, "the target cannot be looked into"));
+        };
+        let mut moved = Moved::default();
+        if survey.preflight.verdict == Verdict::Degraded {
+            moved.degraded = survey.preflight.reasons;
+        }
+        let target = ProcessId {
+            pid: Pid::new(self.config.pid).ok_or_else(|| AttachError::new(Step::Preflight, "not a process id"))?,
+            start_time: self.config.start_time,
+        };
+        self.progress("serve", 0, 1);
+        let hook = Hook::serve(&volume, std::sync::Arc::clone(&self.targets))?;
+        // The plan chooses how stand-ins are opened; until the hook is armed it sees nobody.
+        hook.set_plan(self.first_plan()?, Instant::now());
+        self.record(&Record::Attachment {
+            target: who(target),
+            scope: self.config.scope.as_str().to_owned(),
+            mount_ns: volume.namespace(),
+            path: self.config.path.clone(),
+            hook_dev: hook.device().raw(),
+        })?;
+        self.board.edit(|status| status.passthrough = hook.passthrough());
+        self.hook = Some(hook);
+        fault_point::pass("served");
+        let result = Tracer::scope(|tracer| self.move_in(tracer, target, &volume, census, &mut moved).map_err(Traced));
+        result.map_err(|Traced(error)| error)?;
+        self.record(&Record::Attached)?;
+        self.publish_attached(moved);
+        Ok(())
+    }
+
+    /// Writes a record that a step depends on.
+    pub(crate) fn record(&mut self, record: &Record) -> Result<(), AttachError> {
+        self.journal.append(record).map_err(|error| {
+            AttachError::new(Step::Journal, "the journal cannot be written")
+                .because(error)
+                .hinting("the state directory needs a few MiB of space; name another one with --state-dir")
+        })
+    }
+
+    fn move_in(&mut self, tracer: &Tracer, target: ProcessId, volume: &Volume, mut census: Census, moved: &mut Moved) -> Result<(), AttachError> {
+        let mut stand_ins = StandIns::default();
+        let total = (census.descriptions().len() + census.mapped_files().len()) as u64;
+        let kept = {
+            let Some(hook) = self.hook.as_ref() else { return Err(no_hook()) };
+            let mut last = Instant::now();
+            stand_ins.complete(hook, &census, |done| {
+                if last.elapsed() > Duration::from_millis(500) {
+                    last = Instant::now();
+                    self.progress("precopy", done as u64, total);
+                }
+            })
+        };
+        self.record(&Record::Keeping { kept })?;
+        self.progress("precopy", total, total);
+        fault_point::pass("precopied");
+
+        let mut attempt = 1;
+        loop {
+            match self.switch_in(tracer, target, volume, &mut census, &mut stand_ins, moved) {
+                Ok(()) => break,
+                Err(error) if error.rolled_back() && attempt < TRIES && is_transient(&error) => {
+                    tracing::info!(%error, cause = error.cause_chain(), attempt, "the target could not be moved at once");
+                    attempt += 1;
+                    std::thread::sleep(BREATH * attempt);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        self.chase(tracer, target, volume, census, stand_ins, moved)
+    }
+
+    /// Stops, looks again, moves, lets go.
+    fn switch_in(
+        &mut self,
+        tracer: &Tracer,
+        target: ProcessId,
+        volume: &Volume,
+        census: &mut Census,
+        stand_ins: &mut StandIns,
+        moved: &mut Moved,
+    ) -> Result<(), AttachError> {
+        let list = processes(target, self.config.scope)?;
+        self.record(&Record::Stopping { processes: list.iter().map(|process| who(*process)).collect() })?;
+        fault_point::pass("stopping");
+        if let Some(hook) = self.hook.as_ref() {
+            hook.quiesce();
+        }
+        let deadline = Deadline::after(Duration::from_micros(self.config.max_pause_us));
+        let mut stopped = tracer.stop_all(&list, deadline).map_err(|error| stop_failed(Step::Stop, error))?;
+        self.add_newborn(&mut stopped, target, deadline)?;
+        fault_point::pass("stopped");
+        let difference = census
+            .rescan(stopped.processes(), &|facts| volume.holds(facts))
+            .map_err(|error| AttachError::new(Step::Census, "the stopped target cannot be looked into").because(error))?;
+        let Some(hook) = self.hook.as_ref() else { return Err(no_hook()) };
+        stand_ins.forget(hook, &difference);
+        let kept = stand_ins.complete(hook, census, |_| {});
+        if !kept.is_empty() {
+            self.record(&Record::Keeping { kept })?;
+        }
+        late(deadline)?;
+        let first = !self.hook.as_ref().is_some_and(Hook::is_placed);
+        if first {
+            let around = volume.propagation()?;
+            self.record(&Record::Placing(around.into()))?;
+            fault_point::pass("mounting");
+            let Some(hook) = self.hook.as_mut() else { return Err(no_hook()) };
+            hook.place(around)?;
+            let specials: Vec<_> = census.specials().iter().map(|special| special.facts.clone()).collect();
+            for (name, error) in hook.bind_through(&specials) {
+                moved.not_covered.push(NotCoveredStatus {
+                    what: name.display().to_string(),
+                    reason: format!("it does not show through the hook: {}", chain(&error)),
+                    pid: None,
+                });
+            }
+            fault_point::pass("mounted");
+        }
+        let report = self.exchange(census, stand_ins, &mut stopped, deadline);
+        match report {
+            Ok(report) => {
+                fault_point::pass("grafted");
+                let released = stopped.release();
+                fault_point::pass("let-go");
+                if let Some(hook) = self.hook.as_ref() {
+                    hook.unquiesce();
+                    stand_ins.disown_passing(hook);
+                }
+                moved.not_covered.append(&mut stand_ins.failed);
+                moved.pause = moved.pause.max(released.stood_still);
+                self.remember_stuck(&report);
+                note(moved, census, &report, volume);
+                Ok(())
+            }
+            Err(error) => {
+                if first && error.rolled_back() {
+                    let removed = self.hook.as_mut().map_or(Ok(()), Hook::remove);
+                    drop(stopped);
+                    return match removed {
+                        Ok(()) => Err(error),
+                        Err(removal) => {
+                            tracing::error!(error = %removal, "the hook could not be taken away again");
+                            Err(error.needing_recovery())
+                        }
+                    };
+                }
+                drop(stopped);
+                Err(error)
+            }
+        }
+    }
+
+    /// Children that were born while their parents were being stopped.
+    fn add_newborn(&self, stopped: &mut Stopped, target: ProcessId, deadline: Deadline) -> Result<(), AttachError> {
+        for _ in 0..16 {
+            let born: Vec<ProcessId> =
+                processes(target, self.config.scope)?.into_iter().filter(|process| !stopped.processes().contains(process)).collect();
+            if born.is_empty() {
+                return Ok(());
+            }
+            stopped.add(&born, deadline).map_err(|error| stop_failed(Step::Stop, error))?;
+        }
+        Err(AttachError::new(Step::Stop, "the target makes processes faster than they can be stopped"))
+    }
+
+    /// Exchanges everything for which there is a stand-in, locks included.
+    fn exchange(&mut self, census: &Census, stand_ins: &mut StandIns, stopped: &mut Stopped, deadline: Deadline) -> Result<Report, AttachError> {
+        let Some(hook) = self.hook.as_ref() else { return Err(no_hook()) };
+        let handles = stand_ins.locked_handles(hook, census);
+        let switch = stand_ins.switch(census);
+        let mut keeper = Inwards::new(hook, census, &stand_ins.adopted, &handles);
+        self.journal
+            .append(&Record::Locks { posix: Inwards::posix(census) })
+            .and_then(|()| self.journal.append(&Record::Grafting))
+            .map_err(|error| AttachError::new(Step::Journal, "the journal cannot be written").because(error))?;
+        fault_point::pass("grafting");
+        let report = switch.apply(stopped, deadline, &mut Steps { journal: &mut self.journal }, &mut keeper);
+        if report.is_ok() {
+            keeper.finish();
+        } else {
+            drop(keeper);
+            stand_ins.disown_all(hook);
+        }
+        report.map_err(|failed| {
+            let rolled_back = failed.rolled_back;
+            for undo in &failed.undo {
+                tracing::error!(error = chain(undo), "undoing the exchange");
+            }
+            let error = AttachError::new(Step::Graft, "the target's files could not be exchanged")
+                .because(failed)
+                .hinting("a longer --max-pause may help");
+            if rolled_back { error } else { error.needing_recovery() }
+        })
+    }
+
+    /// Looks for what was opened natively between the look and the letting go, or is held by threads and processes that came late, and moves it too.
+    fn chase(
+        &mut self,
+        tracer: &Tracer,
+        target: ProcessId,
+        volume: &Volume,
+        mut census: Census,
+        mut stand_ins: StandIns,
+        moved: &mut Moved,
+    ) -> Result<(), AttachError> {
+        for _ in 0..ROUNDS {
+            let list = processes(target, self.config.scope)?;
+            census
+                .rescan(&list, &|facts| volume.holds(facts))
+                .map_err(|error| AttachError::new(Step::Census, "the target cannot be looked into").because(error))?;
+            let immovable = |space: SpaceId, start: u64| self.immovable.contains(&(space, start));
+            let native = census.descriptions().len().saturating_sub(stand_ins.unopened)
+                + census.fs_structs().iter().filter(|fs| (fs.cwd.is_some() || fs.root.is_some()) && !self.stuck.contains(&fs.id)).count()
+                + census.spaces().iter().flat_map(|space| space.mappings.iter().map(|mapping| (space.id, mapping.start))).filter(|(space, start)| !immovable(*space, *start)).count();
+            if native == 0 {
+                return Ok(());
+            }
+            tracing::debug!(native, "opened natively while the hook was placed; moving that too");
+            stand_ins = StandIns::default();
+            self.switch_in(tracer, target, volume, &mut census, &mut stand_ins, moved)?;
+        }
+        let left = census.descriptions().len();
+        if left > 0 {
+            tracing::warn!(left, "descriptors of the volume keep appearing");
+            moved.not_covered.push(NotCoveredStatus {
+                what: format!("{left} descriptors"),
+                reason: "they appeared faster than they could be moved".to_owned(),
+                pid: None,
+            });
+        }
+        Ok(())
+    }
+
+    /// What an exchange left native for a reason that another one would meet again.
+    fn remember_stuck(&mut self, report: &Report) {
+        for not_moved in &report.not_moved {
+            match not_moved {
+                NotMoved::Mapping { space, start, .. } => drop(self.immovable.insert((*space, *start))),
+                NotMoved::Directory { fs, .. } => drop(self.stuck.insert(*fs)),
+                _ => {}
+            }
+        }
+    }
+
+    /// Puts everything back after an attach that failed half way, and says in what state that leaves the target.
+    pub(crate) fn undo_after_failure(&mut self, error: AttachError) -> AttachError {
+        if self.hook.as_ref().is_some_and(Hook::is_placed) {
+            match self.detach(true) {
+                Ok(_) => {}
+                Err(undo) => {
+                    tracing::error!(error = %undo, cause = undo.cause_chain(), "putting the target back failed");
+                    return error.needing_recovery();
+                }
+            }
+        }
+        // Dropping the hook ends the connection: nobody can be on it.
+        self.hook = None;
+        error
+    }
+}
+
+pub(crate) fn no_hook() -> AttachError {
+    AttachError::new(Step::Serve, "there is no hook")
+}
+
+fn late(deadline: Deadline) -> Result<(), AttachError> {
+    if deadline.passed() {
+        return Err(AttachError::new(Step::Stop, "the target could not be moved within --max-pause; nothing was changed")
+            .hinting("allow more time with --max-pause"));
+    }
+    Ok(())
+}
+
+/// Whether another try may go better: the target was in a long system call, or the machine busy.
+fn is_transient(error: &AttachError) -> bool {
+    matches!(error.step(), Step::Stop | Step::Graft) && error.exit_code() != hobble_api::exit::ExitCode::TargetVanished
+}
+
+fn note(moved: &mut Moved, census: &Census, report: &Report, volume: &Volume) {
+    moved.processes = moved.processes.max(census.processes().len() as u64);
+    moved.descriptors += report.descriptors as u64;
+    moved.mappings += report.mappings as u64;
+    let held: usize = census.descriptions().map(|description| description.locks.len()).sum();
+    moved.locks += held as u64;
+    for not_moved in &report.not_moved {
+        moved.not_covered.push(match not_moved {
+            NotMoved::Mapping { start, reason, .. } => {
+                NotCoveredStatus { what: format!("the mapping at {start:#x}"), reason: (*reason).to_owned(), pid: None }
+            }
+            NotMoved::Directory { is_root, errno, .. } => NotCoveredStatus {
+                what: if *is_root { "a root directory" } else { "a working directory" }.to_owned(),
+                reason: format!("the target may not enter it: {errno}"),
+                pid: None,
+            },
+            other => NotCoveredStatus { what: format!("{other:?}"), reason: "it stays native".to_owned(), pid: None },
+        });
+    }
+    for not_covered in census.not_covered() {
+        let (code, text) = preflight::describe(not_covered, volume);
+        if let Some(text) = text {
+            let entry = NotCoveredStatus { what: code.to_owned(), reason: text, pid: None };
+            if !moved.not_covered.contains(&entry) {
+                moved.not_covered.push(entry);
+            }
+        }
+    }
+}

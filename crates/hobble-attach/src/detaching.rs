@@ -1,0 +1,294 @@
+//! The way out: from a target on the hook to a native one, while the server lives.
+//!
+//! Invariants: rules are off and every delayed operation is carried out before anything else is done; every open file gets back the very description it
+//! came from, or the backing description that served it, so positions, flags and locks stay; a failed exchange leaves everything on the hook, which goes
+//! on working, and recovery can be tried again. Everybody who holds something of the hook is moved, targets or not.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use hobble_api::status::NotCovered as NotCoveredStatus;
+use hobble_graft::census::{self, Census, DescriptionId, DescriptionLock, TableId};
+use hobble_graft::ids::{Pid, ProcessId};
+use hobble_graft::proc::locks::{FileLock, LockClass, LockKind};
+use hobble_graft::proc::tree;
+use hobble_graft::stop::{Deadline, Tracer};
+use hobble_graft::switch::Switch;
+use hobble_mirror::adopt::HandleInfo;
+use hobble_mirror::locks::{self, LockHolder, LockRange, OwnerId};
+
+use crate::attaching::{Traced, no_hook, stop_failed, who};
+use crate::engine::{Engine, GivenBack};
+use crate::error::{AttachError, Step};
+use crate::fault_point;
+use crate::hook::Hook;
+use crate::journal::Record;
+use crate::journaling::Steps;
+use crate::lock_keeper::{Outwards, must_stay};
+use crate::preflight::chain;
+
+/// Recovery may stop the target for longer than an attach: not to recover is worse.
+const LEAST_PAUSE: Duration = Duration::from_secs(2);
+/// How often it is looked for what is still on the hook.
+const ROUNDS: u32 = 10;
+/// How long the kernel gets to let go of an unmounted filesystem that nobody is seen to hold.
+const LET_GO: Duration = Duration::from_secs(2);
+
+/// Everybody on this host who may hold something of a filesystem: all processes but our own and the kernel's.
+pub(crate) fn everybody() -> Vec<ProcessId> {
+    let own = [Some(Pid::own()), rustix::process::getppid().and_then(|pid| Pid::new(pid.as_raw_nonzero().get()))];
+    let pids = tree::pids().unwrap_or_default();
+    pids.into_iter()
+        .filter(|pid| !own.contains(&Some(*pid)))
+        .filter_map(|pid| ProcessId::of(pid).ok())
+        .filter(|process| hobble_graft::proc::stat::of_process(process.pid).is_ok_and(|stat| !stat.is_kernel_thread() && !stat.has_ended()))
+        .collect()
+}
+
+/// The processes that hold something of the hook, and what.
+fn holders(hook: &Hook) -> Result<(Vec<ProcessId>, Census), AttachError> {
+    let device = hook.device();
+    let on_hook = move |facts: &census::FileFacts| facts.device == device;
+    let failed = |error| AttachError::new(Step::Census, "it cannot be found out who is on the hook").because(error);
+    let mut all = Vec::new();
+    for process in everybody() {
+        // One by one: a stranger that cannot be looked into must not keep the others from being recovered.
+        match census::take(&[process], &on_hook) {
+            Ok(found) if concerns(&found) => all.push(process),
+            Ok(_) => {}
+            Err(error) => tracing::debug!(pid = process.pid.as_raw(), error = chain(&error), "a process cannot be looked into"),
+        }
+    }
+    let census = census::take(&all, &on_hook).map_err(failed)?;
+    Ok((all, census))
+}
+
+fn concerns(census: &Census) -> bool {
+    census.descriptions().len() > 0
+        || !census.mapped_files().is_empty()
+        || census.fs_structs().iter().any(|fs| fs.cwd.is_some() || fs.root.is_some())
+}
+
+/// What goes back where.
+struct Returns<'c> {
+    switch: Switch<'c>,
+    owners: BTreeMap<(TableId, DescriptionId), OwnerId>,
+    given: Vec<HandleInfo>,
+    stays: Vec<NotCoveredStatus>,
+    moves: usize,
+}
+
+impl Engine {
+    /// Takes the target off the hook. With `force` nothing is left on it, even where a program's own idea of its locks may suffer.
+    pub(crate) fn detach(&mut self, force: bool) -> Result<GivenBack, AttachError> {
+        let Some(hook) = self.hook.as_ref() else { return Ok(GivenBack::default()) };
+        hook.disarm();
+        hook.set_plan(None, Instant::now());
+        hook.quiesce();
+        let mut given = GivenBack::default();
+        let result = Tracer::scope(|tracer| self.move_out(tracer, force, &mut given).map_err(Traced));
+        if let Some(hook) = self.hook.as_ref() {
+            hook.unquiesce();
+        }
+        result.map_err(|Traced(error)| error)?;
+        let Some(hook) = self.hook.as_mut() else { return Err(no_hook()) };
+        hook.close_mount();
+        if given.left.is_empty() && !hook.wait_end(LET_GO) {
+            let unseen = "something that cannot be seen still holds it: a descriptor in flight, a mount in another namespace, a running program file".to_owned();
+            given.left.push(NotCoveredStatus { what: "the hook".to_owned(), reason: unseen, pid: None });
+        }
+        Ok(given)
+    }
+
+    fn move_out(&mut self, tracer: &Tracer, force: bool, given: &mut GivenBack) -> Result<(), AttachError> {
+        for round in 0..ROUNDS {
+            let Some(hook) = self.hook.as_ref() else { return Err(no_hook()) };
+            let (processes, mut census) = holders(hook)?;
+            let stays = staying(hook, &census, force);
+            let moves = census.descriptions().len() - stays.len()
+                + census.mapped_files().len()
+                + census.fs_structs().iter().filter(|fs| fs.cwd.is_some() || fs.root.is_some()).count();
+            if moves == 0 && !hook.is_placed() {
+                given.left = left(&census, &stays);
+                return Ok(());
+            }
+            if moves == 0 {
+                // Nobody has to be stopped to take away a mount that nobody is on.
+                self.unmount()?;
+                continue;
+            }
+            if let Err(error) = self.journal.append(&Record::Stopping { processes: processes.iter().map(|process| who(*process)).collect() }) {
+                tracing::warn!(%error, "the journal does not tell of the stop");
+            }
+            let budget = Duration::from_micros(self.config.max_pause_us).max(LEAST_PAUSE);
+            let deadline = Deadline::after(budget);
+            let mut stopped = match tracer.stop_all(&processes, deadline) {
+                Ok(stopped) => stopped,
+                Err(error) if round + 1 < ROUNDS => {
+                    tracing::info!(error = chain(&error), "not everybody could be stopped; trying again");
+                    std::thread::sleep(Duration::from_millis(20 * u64::from(round + 1)));
+                    continue;
+                }
+                Err(error) => return Err(stop_failed(Step::Recover, error)),
+            };
+            fault_point::pass("recover-stopped");
+            let device = hook.device();
+            census
+                .rescan(stopped.processes(), &|facts| facts.device == device)
+                .map_err(|error| AttachError::new(Step::Recover, "the stopped target cannot be looked into").because(error))?;
+            let returns = returns(hook, &census, force)?;
+            let mut keeper = Outwards::new(hook, &returns.owners);
+            let applied = returns.switch.apply(&mut stopped, deadline, &mut Steps { journal: &mut self.journal }, &mut keeper);
+            match applied {
+                Ok(report) => {
+                    fault_point::pass("recover-grafted");
+                    for not_moved in report.not_moved {
+                        tracing::warn!(?not_moved, "stays on the hook");
+                    }
+                    let unmounted = self.unmount();
+                    let released = stopped.release();
+                    given.pause = given.pause.max(released.stood_still);
+                    unmounted?;
+                    given.left = returns.stays;
+                    if returns.moves == 0 {
+                        return Ok(());
+                    }
+                }
+                Err(failed) => {
+                    for info in &returns.given {
+                        if let Some(handle) = info.handle {
+                            let _ = hook.mirror().keep(handle);
+                        }
+                    }
+                    drop(stopped);
+                    let error = AttachError::new(Step::Recover, "the target's files could not be given back");
+                    let rolled_back = failed.rolled_back;
+                    let error = error.because(failed).hinting("it goes on working through the hook, without faults; try `hobble recover` again");
+                    if !rolled_back {
+                        return Err(error.needing_recovery());
+                    }
+                    if round + 1 == ROUNDS {
+                        return Err(error);
+                    }
+                    tracing::info!(cause = error.cause_chain(), "giving back failed; trying again");
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn unmount(&mut self) -> Result<(), AttachError> {
+        let Some(hook) = self.hook.as_mut() else { return Err(no_hook()) };
+        hook.remove()?;
+        fault_point::pass("unmounted");
+        Ok(())
+    }
+}
+
+/// Which descriptions stay on the hook until they are closed.
+fn staying(hook: &Hook, census: &Census, force: bool) -> BTreeSet<DescriptionId> {
+    if force {
+        return BTreeSet::new();
+    }
+    census
+        .descriptions()
+        .filter(|description| {
+            hook.mirror()
+                .identify(description.kept.as_fd())
+                .is_ok_and(|info| must_stay(&info, hook.mirror().has_seen_posix_locks(info.node)))
+        })
+        .map(|description| description.id)
+        .collect()
+}
+
+fn left(census: &Census, stays: &BTreeSet<DescriptionId>) -> Vec<NotCoveredStatus> {
+    census
+        .descriptions()
+        .filter(|description| stays.contains(&description.id))
+        .map(|description| {
+            let table = description.places.first().map(|place| place.table);
+            let member = census.tables().iter().find(|known| Some(known.id) == table).and_then(|known| known.members.first());
+            NotCoveredStatus {
+                what: format!("descriptor {} of {}", description.places.first().map_or(-1, |place| place.fd.as_raw()), description.facts.path.display()),
+                reason: "it was opened while attached and the file has POSIX locks: it is served without faults until it is closed; --force gives it back at once".to_owned(),
+                pid: member.and_then(|member| u32::try_from(member.pid.as_raw()).ok()),
+            }
+        })
+        .collect()
+}
+
+/// Finds for everything on the hook what it came from.
+fn returns<'c>(hook: &Hook, census: &'c Census, force: bool) -> Result<Returns<'c>, AttachError> {
+    let mirror = hook.mirror();
+    let stays = staying(hook, census, force);
+    let held = mirror.with_locks(|locks| locks.held());
+    let mut returns = Returns { switch: Switch::new(census), owners: BTreeMap::new(), given: Vec::new(), stays: left(census, &stays), moves: 0 };
+    let failed = |path: &std::path::Path| {
+        let path = path.display().to_string();
+        move |error: std::io::Error| AttachError::io(Step::Recover, format!("find what {path} on the hook came from"), error)
+    };
+    for description in census.descriptions().filter(|description| !stays.contains(&description.id)) {
+        let fd = description.kept.as_fd();
+        let info = mirror.identify(fd).map_err(failed(&description.facts.path))?;
+        let original = mirror.give_back(&info).map_err(failed(&description.facts.path))?;
+        let locks = posix_locks(census, description, &info, &held, &mut returns.owners);
+        if !locks.is_empty() {
+            returns.switch.locks(description.id, locks);
+        }
+        returns.switch.description(description.id, original);
+        returns.given.push(info);
+        returns.moves += 1;
+    }
+    for file in census.mapped_files() {
+        let info = mirror.identify(file.kept.as_fd()).map_err(failed(&file.facts.path))?;
+        let original = mirror.give_back(&info).map_err(failed(&file.facts.path))?;
+        returns.switch.mapped_file(file.id, original);
+        returns.given.push(info);
+        returns.moves += 1;
+    }
+    for fs in census.fs_structs() {
+        for (directory, is_root) in [(&fs.cwd, false), (&fs.root, true)] {
+            let Some(directory) = directory else { continue };
+            let info = mirror.identify(directory.kept.as_fd()).map_err(failed(&directory.facts.path))?;
+            let original = mirror.give_back(&info).map_err(failed(&directory.facts.path))?;
+            if is_root { returns.switch.root_directory(fs.id, original) } else { returns.switch.working_directory(fs.id, original) }
+            returns.moves += 1;
+        }
+    }
+    Ok(returns)
+}
+
+/// The POSIX locks that the tables of a description hold on its file through the hook: the kernel does not show them with a FUSE file.
+fn posix_locks(
+    census: &Census,
+    description: &census::Description,
+    info: &HandleInfo,
+    held: &[LockHolder],
+    owners: &mut BTreeMap<(TableId, DescriptionId), OwnerId>,
+) -> Vec<DescriptionLock> {
+    let mut locks = Vec::new();
+    for holder in held.iter().filter(|holder| !holder.ofd && holder.owner.node() == info.node && holder.class == info.class) {
+        let table = description.places.iter().map(|place| place.table).find(|table| {
+            census.tables().iter().filter(|known| known.id == *table).any(|known| {
+                known.members.iter().any(|member| u32::try_from(member.pid.as_raw()).is_ok_and(|pid| pid == holder.pid))
+            })
+        });
+        let Some(table) = table else { continue };
+        owners.insert((table, description.id), holder.owner);
+        for range in &holder.ranges {
+            locks.push(DescriptionLock { lock: held_lock(*range), table: Some(table) });
+        }
+    }
+    locks
+}
+
+fn held_lock(lock: locks::RangeLock) -> FileLock {
+    let kind = match lock.kind {
+        locks::LockKind::Read => LockKind::Read,
+        locks::LockKind::Write => LockKind::Write,
+    };
+    let end = (lock.range.end < LockRange::OPEN_END).then_some(lock.range.end);
+    FileLock { class: LockClass::Posix, kind, pid: None, inode: None, start: lock.range.start, end }
+}

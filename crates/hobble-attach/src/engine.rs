@@ -1,0 +1,406 @@
+//! The engine: one attachment from its first step to its last, on one thread.
+//!
+//! Invariant: at any moment the target is in one of two states, native or hooked, or inside one bounded stop on the way between them; every
+//! step in between is undone by the step that failed. Rules are on only in the phase Attached and only while not paused.
+//!
+//! This file is the order of things; how each is done is in `attaching`, `detaching` and `hook`.
+
+use std::collections::BTreeSet;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use hobble_api::Timestamp;
+use hobble_api::control::{Answer, Problem, Response};
+use hobble_api::event::{Attached, EventKind, Progress, Recovered, Rules, Why};
+use hobble_api::status::{NotCovered, Phase, Reason, RuleCounts, Scope};
+use hobble_graft::census::{FsId, SpaceId};
+use hobble_rules::spec::Document;
+use hobble_rules::{Experiment, Plan};
+
+use crate::board::Board;
+use crate::control::Command;
+use crate::error::{AttachError, Step};
+use crate::fault_point;
+use crate::holder::{DONE, NEEDS_RECOVERY};
+use crate::hook::Hook;
+use crate::journal::{Journal, Record};
+use crate::options::Lifetime;
+use crate::scope::TargetSet;
+use crate::server::{failure_code, publish_failure};
+use crate::session::ServeConfig;
+
+/// How often the engine looks whether the target, its hook and its time are still there.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// The plan in force or, while paused, the one to go on with; counters are read from it.
+pub(crate) type PlanSlot = Arc<Mutex<Option<Arc<Plan>>>>;
+
+/// One attachment at work.
+pub(crate) struct Engine {
+    pub(crate) config: ServeConfig,
+    pub(crate) journal: Journal,
+    pub(crate) board: Arc<Board>,
+    pub(crate) targets: Arc<TargetSet>,
+    pub(crate) hook: Option<Hook>,
+    plan: PlanSlot,
+    paused: bool,
+    /// When rules were first turned on: the zero of every rule's window.
+    pub(crate) began: Option<Instant>,
+    deadline: Option<Instant>,
+    /// What the mirror asks now.
+    pub(crate) in_force: Option<Arc<Plan>>,
+    /// Mappings and directories that an exchange has left native for good.
+    pub(crate) immovable: BTreeSet<(SpaceId, u64)>,
+    pub(crate) stuck: BTreeSet<FsId>,
+}
+
+/// What an attach moved.
+#[derive(Debug, Default)]
+pub(crate) struct Moved {
+    pub(crate) pause: Duration,
+    pub(crate) processes: u64,
+    pub(crate) descriptors: u64,
+    pub(crate) mappings: u64,
+    pub(crate) locks: u64,
+    pub(crate) not_covered: Vec<NotCovered>,
+    pub(crate) degraded: Vec<Reason>,
+}
+
+/// What a recovery left.
+#[derive(Debug, Default)]
+pub(crate) struct GivenBack {
+    pub(crate) pause: Duration,
+    /// What stays on the hook until it is closed.
+    pub(crate) left: Vec<NotCovered>,
+}
+
+fn refuse(answer: &Sender<Response>, error: &AttachError) {
+    let chain = error.cause_chain();
+    let cause = if chain.is_empty() { error.to_string() } else { format!("{error}: {chain}") };
+    let _ = answer.send(Response::Err(Problem { cause, hint: error.hint().map(str::to_owned) }));
+}
+
+fn done(answer: &Sender<Response>) {
+    let _ = answer.send(Response::Ok(Answer::Done {}));
+}
+
+/// Reads and checks a document that came as JSON.
+pub(crate) fn check_document(document: &serde_json::Value, step: Step) -> Result<Experiment, AttachError> {
+    let document: Document = serde_json::from_value(document.clone())
+        .map_err(|error| AttachError::new(step, "the rules cannot be read").because(error))?;
+    hobble_rules::check(&document).map_err(|found| diagnostics(&found, step))
+}
+
+/// Diagnostics as one error.
+pub(crate) fn diagnostics(found: &[hobble_rules::Diagnostic], step: Step) -> AttachError {
+    let list: Vec<String> = found.iter().map(ToString::to_string).collect();
+    AttachError::new(step, format!("the rules are not right: {}", list.join("; ")))
+        .hinting("`hobble check` shows every place")
+        .exiting(hobble_api::exit::ExitCode::Usage)
+}
+
+fn draw_seed() -> u64 {
+    let mut bytes = [0_u8; 8];
+    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
+        Ok(8) => u64::from_ne_bytes(bytes),
+        // Any seed will do as long as it is told; the clock is one.
+        _ => u64::try_from(Timestamp::now().as_nanosecond() & i128::from(u64::MAX)).unwrap_or(1),
+    }
+}
+
+impl Engine {
+    pub(crate) fn new(config: ServeConfig, journal: Journal, board: Arc<Board>) -> Self {
+        let pid = config.pid;
+        let targets = match config.scope {
+            Scope::Namespace => TargetSet::everyone(),
+            Scope::Tree => TargetSet::tree(|| crate::attaching::tree_of(pid)),
+        };
+        Self {
+            config,
+            journal,
+            board,
+            targets,
+            hook: None,
+            plan: PlanSlot::default(),
+            paused: false,
+            began: None,
+            in_force: None,
+            deadline: None,
+            immovable: BTreeSet::new(),
+            stuck: BTreeSet::new(),
+        }
+    }
+
+    /// Reads the counters of the rules, from any thread.
+    pub(crate) fn counters(&self) -> impl Fn() -> Vec<RuleCounts> + Send + Sync + 'static {
+        let plan = Arc::clone(&self.plan);
+        move || rule_counts(&plan)
+    }
+
+    /// The pids to show as targets, from any thread.
+    pub(crate) fn targets(&self) -> impl Fn() -> Vec<i32> + Send + Sync + 'static {
+        let targets = Arc::clone(&self.targets);
+        let (pid, scope) = (self.config.pid, self.config.scope);
+        move || match scope {
+            Scope::Tree => targets.processes(),
+            Scope::Namespace => crate::attaching::namespace_of(pid),
+        }
+    }
+
+    /// Attaches, serves commands until it has recovered, and tells the exit status for the holder.
+    pub(crate) fn live(&mut self, commands: &Receiver<Command>) -> i32 {
+        if let Err(error) = crate::scope::follow(&self.targets) {
+            tracing::warn!(%error, "process events are followed at operations only");
+        }
+        self.board.edit(|status| status.phase = Phase::Attaching);
+        if let Err(error) = self.attach().and_then(|()| self.begin()) {
+            tracing::error!(%error, cause = error.cause_chain(), step = error.step().name(), "attaching failed");
+            let error = self.undo_after_failure(error);
+            publish_failure(&self.board, &error);
+            return failure_code(&error);
+        }
+        loop {
+            let command = match commands.recv_timeout(LOOK_EVERY) {
+                Ok(command) => Some(command),
+                Err(RecvTimeoutError::Timeout) => self.look(),
+                // Every sender has gone: only possible when the control thread died.
+                Err(RecvTimeoutError::Disconnected) => Some(Command::Recover { why: Why::Failed, force: false, answer: None }),
+            };
+            match command {
+                None => {}
+                Some(Command::Update { document, seed, answer }) => match self.update(&document, seed) {
+                    Ok((seed, rules)) => {
+                        let _ = answer.send(Response::Ok(Answer::Updated { seed, rules }));
+                    }
+                    Err(error) => refuse(&answer, &error),
+                },
+                Some(Command::Pause { answer }) => match self.pause() {
+                    Ok(()) => done(&answer),
+                    Err(error) => refuse(&answer, &error),
+                },
+                Some(Command::Resume { answer }) => match self.resume() {
+                    Ok(()) => done(&answer),
+                    Err(error) => refuse(&answer, &error),
+                },
+                Some(Command::Recover { why, force, answer }) => match self.recover(why, force) {
+                    Ok(()) => {
+                        if let Some(answer) = answer {
+                            done(&answer);
+                        }
+                        return self.linger(commands);
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, cause = error.cause_chain(), "recovery failed; it will be tried again when asked for");
+                        publish_failure(&self.board, &error);
+                        if let Some(answer) = answer {
+                            refuse(&answer, &error);
+                        }
+                        if !error.rolled_back() {
+                            return NEEDS_RECOVERY;
+                        }
+                        // Native it is not, so the deadline must not fire at once for ever: try again in a second.
+                        self.deadline = Some(Instant::now() + Duration::from_secs(1));
+                    }
+                },
+            }
+        }
+    }
+
+    /// What time, target and hook ask for.
+    fn look(&mut self) -> Option<Command> {
+        let recover = |why| Some(Command::Recover { why, force: false, answer: None });
+        if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return recover(Why::Deadline);
+        }
+        if !self.anybody_left() {
+            return recover(Why::TargetExit);
+        }
+        if self.hook.as_mut().is_some_and(Hook::is_lost) {
+            return recover(Why::HookLost);
+        }
+        None
+    }
+
+    fn anybody_left(&self) -> bool {
+        match self.config.scope {
+            Scope::Tree => self.targets.processes().into_iter().any(crate::attaching::is_running),
+            Scope::Namespace => self.hook.as_ref().is_none_or(Hook::namespace_is_inhabited),
+        }
+    }
+
+    pub(crate) fn progress(&self, phase: &str, done: u64, total: u64) {
+        self.board.publish(EventKind::Attaching(Progress { phase: phase.to_owned(), done, total }));
+    }
+
+    /// The plan to begin with, compiled before anything is opened because it chooses how files are opened.
+    pub(crate) fn first_plan(&mut self) -> Result<Option<Arc<Plan>>, AttachError> {
+        let Some(document) = &self.config.document else {
+            self.board.edit(|status| status.seed = 0);
+            return Ok(None);
+        };
+        let experiment = self.check(document, Step::Inject)?;
+        let seed = self.config.seed.or(experiment.seed()).unwrap_or_else(draw_seed);
+        self.board.edit(|status| status.seed = seed);
+        let plan = Arc::new(Plan::compile(&experiment, seed, None, Duration::ZERO));
+        *self.plan.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&plan));
+        Ok(Some(plan))
+    }
+
+    /// Reads and checks a document for this attachment.
+    fn check(&self, document: &serde_json::Value, step: Step) -> Result<Experiment, AttachError> {
+        let only = self.hook.as_ref().and_then(|hook| Some((hook.volume().absolute().to_vec(), hook.volume().only_file()?.to_vec())));
+        match only {
+            None => check_document(document, step),
+            Some((directory, file)) => crate::single_file::check(document, &directory, &file, step),
+        }
+    }
+
+    /// Attached and published: rules on, clock started.
+    fn begin(&mut self) -> Result<(), AttachError> {
+        fault_point::pass("injecting");
+        let began = *self.began.get_or_insert_with(Instant::now);
+        let plan = self.plan.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.put_in_force(plan, Step::Inject)?;
+        let seed = self.board.status().seed;
+        if let Lifetime::For(time) = self.config.lifetime() {
+            self.deadline = Some(began + time);
+        }
+        let deadline = self.deadline.and_then(|deadline| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            Timestamp::now().checked_add(left).ok()
+        });
+        self.board.edit(|status| {
+            status.phase = Phase::Attached;
+            status.deadline = deadline;
+        });
+        self.board.publish(EventKind::Injecting(Rules { seed, rules: self.rule_names() }));
+        Ok(())
+    }
+
+    fn rule_names(&self) -> Vec<String> {
+        rule_counts(&self.plan).into_iter().map(|rule| rule.name).collect()
+    }
+
+    /// Publishes what attaching moved.
+    pub(crate) fn publish_attached(&self, moved: Moved) {
+        let event = Attached {
+            pause_us: u64::try_from(moved.pause.as_micros()).unwrap_or(u64::MAX),
+            processes: moved.processes,
+            descriptors: moved.descriptors,
+            mappings: moved.mappings,
+            locks: moved.locks,
+            not_covered: moved.not_covered,
+            degraded: moved.degraded,
+        };
+        self.board.edit(|status| {
+            status.not_covered.clone_from(&event.not_covered);
+            status.degraded.clone_from(&event.degraded);
+        });
+        self.board.publish(EventKind::Attached(event));
+    }
+
+    fn update(&mut self, document: &serde_json::Value, seed: Option<u64>) -> Result<(u64, Vec<String>), AttachError> {
+        let experiment = self.check(document, Step::Update)?;
+        fault_point::pass("updating");
+        let previous = self.plan.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let seed = seed
+            .or(experiment.seed())
+            .or_else(|| previous.as_ref().map(|plan| plan.seed()))
+            .unwrap_or_else(|| self.board.status().seed);
+        let now = self.began.map_or(Duration::ZERO, |began| began.elapsed());
+        let plan = Arc::new(Plan::compile(&experiment, seed, previous.as_deref(), now));
+        if !self.paused {
+            self.put_in_force(Some(Arc::clone(&plan)), Step::Update)?;
+        }
+        *self.plan.lock().unwrap_or_else(PoisonError::into_inner) = Some(plan);
+        self.board.edit(|status| status.seed = seed);
+        let rules = self.rule_names();
+        self.board.publish(EventKind::Updated(Rules { seed, rules: rules.clone() }));
+        fault_point::pass("updated");
+        Ok((seed, rules))
+    }
+
+    fn pause(&mut self) -> Result<(), AttachError> {
+        if self.paused {
+            return Err(AttachError::new(Step::Update, "it is paused already"));
+        }
+        self.put_in_force(None, Step::Update)?;
+        self.paused = true;
+        self.board.edit(|status| status.paused = true);
+        self.board.publish(EventKind::Paused {});
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), AttachError> {
+        if !self.paused {
+            return Err(AttachError::new(Step::Update, "it is not paused"));
+        }
+        let plan = self.plan.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.put_in_force(plan, Step::Update)?;
+        self.paused = false;
+        self.board.edit(|status| status.paused = false);
+        self.board.publish(EventKind::Resumed {});
+        Ok(())
+    }
+
+    fn recover(&mut self, why: Why, force: bool) -> Result<(), AttachError> {
+        self.board.edit(|status| status.phase = Phase::Detaching);
+        self.board.publish(EventKind::Recovering { why });
+        self.journal
+            .append(&Record::Recovering { why: format!("{why:?}") })
+            .unwrap_or_else(|error| tracing::warn!(%error, "the journal does not tell of the recovery"));
+        fault_point::pass("recovering");
+        let given = self.detach(force)?;
+        self.board.edit(|status| {
+            status.phase = Phase::Detached;
+            status.not_covered.clone_from(&given.left);
+        });
+        let left = u32::try_from(given.left.len()).unwrap_or(u32::MAX);
+        if let Err(error) = self.journal.append(&Record::Recovered { left }) {
+            tracing::warn!(%error, "the journal does not tell of the end of the recovery");
+        }
+        fault_point::pass("recovered");
+        self.board.publish(EventKind::Recovered(Recovered {
+            pause_us: u64::try_from(given.pause.as_micros()).unwrap_or(u64::MAX),
+            rules: rule_counts(&self.plan),
+            left: given.left,
+        }));
+        Ok(())
+    }
+
+    /// Serves plainly until the kernel has let go of the hook: descriptors that stay on it by design, or are in flight in a socket.
+    fn linger(&mut self, commands: &Receiver<Command>) -> i32 {
+        loop {
+            if self.hook.as_ref().is_none_or(|hook| hook.wait_end(LOOK_EVERY)) {
+                return DONE;
+            }
+            // What is left is nobody's but its holder's; the only request that makes sense now is to force it.
+            match commands.try_recv() {
+                Ok(Command::Recover { force, answer, .. }) => {
+                    let result = if force { self.detach(true).map(drop) } else { Ok(()) };
+                    match (answer, result) {
+                        (Some(answer), Ok(())) => done(&answer),
+                        (Some(answer), Err(error)) => refuse(&answer, &error),
+                        (None, _) => {}
+                    }
+                }
+                Ok(Command::Update { answer, .. } | Command::Pause { answer } | Command::Resume { answer }) => {
+                    refuse(&answer, &AttachError::new(Step::Update, "it has recovered; only files that are still open are served"));
+                }
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+
+fn rule_counts(plan: &PlanSlot) -> Vec<RuleCounts> {
+    let plan = plan.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    plan.map_or_else(Vec::new, |plan| {
+        plan.counters()
+            .into_iter()
+            .map(|rule| RuleCounts { name: rule.name, evaluated: rule.evaluated, matched: rule.matched, injected: rule.injected })
+            .collect()
+    })
+}

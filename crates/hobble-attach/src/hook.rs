@@ -1,0 +1,315 @@
+//! The hook: a FUSE connection, the mirror that serves it, its mount, and the standing of that mount in the target's namespace.
+//!
+//! Invariants: the mirror is served from before the mount is placed until the kernel has let go of it; the rules see nobody before
+//! [`Hook::arm`] and nobody after [`Hook::disarm`]; what is kept of the target stays open as long as the hook lives. If we die, mount and connection stay with the
+//! holder's descriptors.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hobble_fuse::mount::{self, MountOptions};
+use hobble_fuse::{Features, Server, Service, Tid};
+use hobble_graft::census::{Description, Directory, FileFacts, MappedFile};
+use hobble_graft::ids::Device;
+use hobble_graft::proc::locks::{LockClass, LockKind};
+use hobble_mirror::adopt::{AdoptedId, Adoption};
+use hobble_mirror::locks::{self, LockRange, RangeLock};
+use hobble_mirror::{Caching, CallerFacts, Callers, Config, Everybody, Mirror, PlanChange};
+use hobble_rules::Plan;
+
+use crate::error::{AttachError, Step};
+use crate::scope::TargetSet;
+use crate::volume::{self, Volume};
+use hobble_graft::mounts::{Covering, MountsError, PropagationRecord};
+
+/// How often it is looked whether the mount is still where it was placed.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How long one name gets to be bound through the hook.
+const BIND_WITHIN: Duration = Duration::from_secs(1);
+/// How long delayed operations get to be carried out once they have been released.
+const SETTLE: Duration = Duration::from_millis(200);
+
+/// The mirror's questions about callers, answered from the set of targets.
+struct Audience {
+    targets: Arc<TargetSet>,
+    armed: Arc<AtomicBool>,
+}
+
+impl Callers for Audience {
+    fn in_scope(&self, tid: Tid) -> bool {
+        // Requests of thread 0 are the kernel's own (write-back, read-ahead for nobody): they are on behalf of whoever mapped the file, which in a
+        // private namespace is a target.
+        self.armed.load(Ordering::Acquire) && i32::try_from(tid.0).is_ok_and(|tid| tid == 0 || self.targets.contains(tid))
+    }
+
+    fn facts(&self, tid: Tid) -> CallerFacts {
+        Everybody.facts(tid)
+    }
+}
+
+/// A served mirror and its mount.
+pub(crate) struct Hook {
+    server: Server,
+    mirror: Mirror,
+    /// Ours; it alone would keep the filesystem alive for ever, so it is closed when the last stand-in has been opened.
+    mount: Option<OwnedFd>,
+    device: Device,
+    connection: mount::Connection,
+    armed: Arc<AtomicBool>,
+    placed: Option<Covering>,
+    volume: Volume,
+    looked: Instant,
+    lost: bool,
+}
+
+/// Features switched off by `HOBBLE_MASK`, a list of names in any case such as `passthrough,has_resend`; for tests.
+fn mask() -> Result<Features, AttachError> {
+    let Ok(text) = std::env::var("HOBBLE_MASK") else { return Ok(Features::all()) };
+    let mut mask = Features::all();
+    for name in text.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+        let Some(feature) = Features::from_name(&name.to_ascii_uppercase()) else {
+            let known: Vec<String> = Features::all().iter_names().map(|(name, _)| name.to_ascii_lowercase()).collect();
+            return Err(AttachError::new(Step::Serve, format!("HOBBLE_MASK: `{name}` is no feature")).hinting(format!("there are: {}", known.join(", "))));
+        };
+        mask.remove(feature);
+    }
+    Ok(mask)
+}
+
+/// Makes a connection with a service that answers nothing, to see what the kernel offers.
+pub(crate) fn probe() -> Result<bool, AttachError> {
+    struct Nobody;
+    impl Service for Nobody {
+        fn call(&self, _request: hobble_fuse::Request, reply: hobble_fuse::Reply) {
+            reply.error(hobble_fuse::Errno::NOSYS);
+        }
+        fn interrupted(&self, _interrupt: hobble_fuse::Interrupt) {}
+    }
+    let failed = |error: Box<dyn std::error::Error + Send + Sync>| AttachError::new(Step::Serve, "no FUSE filesystem can be made").because(error);
+    let new = mount::create(&MountOptions::default()).map_err(|error| failed(error.into()))?;
+    let config = hobble_fuse::Config { mask: mask()?, readers: 1, ..hobble_fuse::Config::default() };
+    let server = Server::start(new.device, Arc::new(Nobody), &config).map_err(|error| failed(error.into()))?;
+    let passthrough = server.negotiated().features.contains(Features::PASSTHROUGH);
+    drop(new.mount);
+    if !server.wait(Duration::from_secs(2)) {
+        tracing::debug!("the kernel is slow to let go of a filesystem that was made to see what it offers");
+    }
+    Ok(passthrough)
+}
+
+impl Hook {
+    /// Makes the connection and serves it. What remains if we die: nothing, the mount is attached nowhere.
+    pub(crate) fn serve(volume: &Volume, targets: Arc<TargetSet>) -> Result<Self, AttachError> {
+        let failed = |what: &str| {
+            let what = what.to_owned();
+            move |error: Box<dyn std::error::Error + Send + Sync>| AttachError::new(Step::Serve, what).because(error)
+        };
+        let mask = mask()?;
+        let options = MountOptions { attributes: volume.mount_flags()?, ..MountOptions::default() };
+        let new = mount::create(&options).map_err(|error| failed("make the FUSE mount")(error.into()))?;
+        let armed = Arc::new(AtomicBool::new(false));
+        let audience = Audience { targets, armed: Arc::clone(&armed) };
+        let config = Config {
+            root: volume.clone_tree()?,
+            native: Some(volume.native()?),
+            volume: volume.absolute().to_vec(),
+            // Other users of the volume rely on each other's changes at once, in their lock protocols above all.
+            caching: Caching::NONE,
+            passthrough: mask.contains(Features::PASSTHROUGH),
+        };
+        let mirror = Mirror::new(config, Arc::new(audience)).map_err(|error| failed("make the mirror")(error.into()))?;
+        let serving = hobble_fuse::Config {
+            features: Mirror::features(),
+            mask,
+            max_stack_depth: volume.stack_depth() + 1,
+            ..hobble_fuse::Config::default()
+        };
+        let server = Server::start(new.device, Arc::new(mirror.clone()), &serving).map_err(|error| failed("serve the mirror")(error.into()))?;
+        let connection = new.connection;
+        Ok(Self {
+            server,
+            mirror,
+            mount: Some(new.mount),
+            device: Device { major: 0, minor: connection.number() },
+            connection,
+            armed,
+            placed: None,
+            volume: volume.clone(),
+            looked: Instant::now(),
+            lost: false,
+        })
+    }
+
+    pub(crate) fn device(&self) -> Device {
+        self.device
+    }
+
+    pub(crate) fn mirror(&self) -> &Mirror {
+        &self.mirror
+    }
+
+    pub(crate) fn volume(&self) -> &Volume {
+        &self.volume
+    }
+
+    pub(crate) fn passthrough(&self) -> bool {
+        self.mirror.passthrough()
+    }
+
+    pub(crate) fn is_placed(&self) -> bool {
+        self.placed.is_some()
+    }
+
+    /// From now on the rules see the targets.
+    pub(crate) fn arm(&self) {
+        self.armed.store(true, Ordering::Release);
+    }
+
+    /// From now on the rules see nobody; what they delay is carried out at once.
+    pub(crate) fn disarm(&self) {
+        self.armed.store(false, Ordering::Release);
+        self.mirror.release(|_| true);
+    }
+
+    /// Carries out at once what is delayed.
+    pub(crate) fn release_delayed(&self) {
+        self.mirror.release(|_| true);
+    }
+
+    /// Puts a plan in force; see [`Mirror::set_plan`].
+    pub(crate) fn set_plan(&self, plan: Option<Arc<Plan>>, origin: Instant) -> PlanChange {
+        self.mirror.set_plan(plan, origin)
+    }
+
+    /// Nothing is delayed from now on, and what was is carried out: the target is about to be stopped (kernel-hazards A2).
+    pub(crate) fn quiesce(&self) {
+        self.mirror.quiesce(true);
+        self.mirror.release(|_| true);
+        if !self.mirror.settle(SETTLE) {
+            tracing::debug!("released operations are still being carried out");
+        }
+    }
+
+    /// Delays are possible again.
+    pub(crate) fn unquiesce(&self) {
+        self.mirror.quiesce(false);
+    }
+
+    fn stand_in(&self, original: OwnedFd, adoption: Adoption) -> std::io::Result<(AdoptedId, OwnedFd)> {
+        let id = self.mirror.adopt(original, adoption)?;
+        match self.mount().and_then(|mount| self.mirror.stand_in(mount, id)) {
+            Ok(stand_in) => Ok((id, stand_in)),
+            Err(error) => {
+                self.mirror.disown(id);
+                Err(error)
+            }
+        }
+    }
+
+    fn adoption(&self, facts: &FileFacts, pid: u32, ofd_locks: Vec<RangeLock>) -> Adoption {
+        Adoption {
+            path: self.volume.relative(&facts.path),
+            deleted: facts.is_deleted,
+            tmpfile: facts.is_nameless,
+            ofd_locks,
+            pid,
+        }
+    }
+
+    /// Opens what replaces a description; gives the number of our own descriptor that keeps the original, and the name it is kept under.
+    pub(crate) fn stand_in_for(&self, description: &Description, pid: u32) -> std::io::Result<(i32, AdoptedId, OwnedFd)> {
+        let original = description.kept.try_clone()?;
+        let number = original.as_raw_fd();
+        let ofd_locks = description
+            .locks
+            .iter()
+            .filter(|held| held.lock.class == LockClass::Ofd)
+            .filter_map(|held| range_lock(&held.lock))
+            .collect();
+        let (id, stand_in) = self.stand_in(original, self.adoption(&description.facts, pid, ofd_locks))?;
+        Ok((number, id, stand_in))
+    }
+
+    /// Opens what replaces the file of a mapping. The mapping itself keeps the file, so nothing is kept here.
+    pub(crate) fn stand_in_for_mapping(&self, file: &MappedFile) -> std::io::Result<(AdoptedId, OwnedFd)> {
+        self.stand_in(file.kept.try_clone()?, self.adoption(&file.facts, 0, Vec::new()))
+    }
+
+    /// Opens what replaces a working or root directory.
+    pub(crate) fn stand_in_for_directory(&self, directory: &Directory) -> std::io::Result<(AdoptedId, OwnedFd)> {
+        self.stand_in(directory.kept.try_clone()?, self.adoption(&directory.facts, 0, Vec::new()))
+    }
+
+    /// Puts the mount over the volume. What remains if we die: the mount, served by nobody until the holder's successor or `hobble recover` takes it away.
+    pub(crate) fn place(&mut self, record: PropagationRecord) -> Result<(), AttachError> {
+        let mount = self.mount().map_err(|error| AttachError::io(Step::Mount, "place the hook", error))?;
+        self.placed = Some(self.volume.place(mount, record)?);
+        Ok(())
+    }
+
+    /// Lets what is mounted below the volume, and the sockets, FIFOs and devices in use, show through the hook. Says what could not be.
+    pub(crate) fn bind_through(&self, specials: &[FileFacts]) -> Vec<(PathBuf, MountsError)> {
+        let Some(placed) = self.placed.as_ref() else { return Vec::new() };
+        let bind = |name: PathBuf| placed.bind_through(&name, BIND_WITHIN).err().map(|error| (name, error));
+        self.volume.through(specials).into_iter().filter_map(bind).collect()
+    }
+
+    /// Takes the mount away again, wherever it got to.
+    pub(crate) fn remove(&mut self) -> Result<(), AttachError> {
+        self.placed.take().map_or(Ok(()), volume::remove)
+    }
+
+    /// Whether somebody has removed the mount behind our back; looked for once a second.
+    pub(crate) fn is_lost(&mut self) -> bool {
+        if self.looked.elapsed() >= LOOK_EVERY {
+            self.looked = Instant::now();
+            self.lost = self.placed.as_ref().is_some_and(|placed| !Volume::is_in_place(placed));
+        }
+        self.lost
+    }
+
+    /// Whether any process is left in the target's mount namespace.
+    pub(crate) fn namespace_is_inhabited(&self) -> bool {
+        self.volume.is_inhabited()
+    }
+
+    /// Waits for the kernel to let go of the filesystem.
+    pub(crate) fn wait_end(&self, timeout: Duration) -> bool {
+        self.server.wait(timeout)
+    }
+
+    /// A descriptor of the mount, for walking below it from a thread that serves nothing.
+    fn mount(&self) -> std::io::Result<BorrowedFd<'_>> {
+        self.mount.as_ref().map(OwnedFd::as_fd).ok_or_else(|| std::io::ErrorKind::NotConnected.into())
+    }
+
+    /// Closes our own descriptor of the mount: the kernel ends the connection when nobody else holds anything on it.
+    pub(crate) fn close_mount(&mut self) {
+        self.mount = None;
+    }
+
+    /// The last resort: every operation on the hook fails from now on.
+    pub(crate) fn abort(&self) {
+        if let Err(error) = self.connection.abort() {
+            tracing::warn!(%error, "the connection could not be aborted");
+        }
+    }
+}
+
+/// A lock as the mirror counts it; `None` for a lease that is being broken.
+pub(crate) fn range_lock(lock: &hobble_graft::proc::locks::FileLock) -> Option<RangeLock> {
+    let kind = match lock.kind {
+        LockKind::Read => locks::LockKind::Read,
+        LockKind::Write => locks::LockKind::Write,
+        _ => return None,
+    };
+    Some(RangeLock { kind, range: lock_range(lock) })
+}
+
+/// A range as the mirror counts it.
+pub(crate) fn lock_range(lock: &hobble_graft::proc::locks::FileLock) -> LockRange {
+    LockRange { start: lock.start, end: lock.end.unwrap_or(LockRange::OPEN_END) }
+}

@@ -1,0 +1,28 @@
+//! Writes the steps of an exchange into the journal before they are made.
+
+use std::io;
+
+use hobble_graft::switch::{Step, StepLog};
+
+use crate::journal::{Journal, Record, Who};
+
+/// The journal as the switch sees it.
+pub(crate) struct Steps<'a> {
+    /// Where to.
+    pub(crate) journal: &'a mut Journal,
+}
+
+impl StepLog for Steps<'_> {
+    fn step(&mut self, step: &Step) -> io::Result<()> {
+        let record = match step {
+            Step::Borrow(residue) => Record::Residue {
+                who: Who { pid: residue.pid, start: residue.start_time },
+                what: serde_json::to_value(residue).map_err(io::Error::other)?,
+            },
+            Step::RaiseLimit { pid, soft, .. } => Record::Limit { pid: *pid, soft: *soft },
+            // What refers to what is found exactly by a census; these would only repeat it roughly.
+            _ => return Ok(()),
+        };
+        self.journal.append(&record).map_err(io::Error::other)
+    }
+}

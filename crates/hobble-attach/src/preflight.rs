@@ -1,0 +1,321 @@
+//! Pre-flight: what stands against an attachment, found out without any side effect.
+//!
+//! Invariant: nothing is stopped, mounted or written here; the descriptors that a census takes are our own duplicates and are dropped at
+//! the end. The engine runs the very same survey again before its first step, so what `--dry-run` prints is what is executed.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use hobble_api::exit::ExitCode;
+use hobble_api::status::{AffectedProcess, Preflight, Reason, Scope, Verdict};
+use hobble_graft::census::{self, Census, NotCovered};
+use hobble_graft::ids::{Pid, ProcessId};
+use hobble_graft::proc::condition::{self, WordSize};
+use hobble_graft::proc::locks::LockClass;
+use hobble_graft::proc::status::Seccomp;
+
+use crate::error::{AttachError, Step};
+use crate::inspect;
+use crate::options::InjectOptions;
+use crate::volume::Volume;
+
+/// Descriptors that a server needs besides those it keeps for the target.
+const OWN_DESCRIPTORS: u64 = 256;
+
+/// What a survey found.
+pub(crate) struct Survey {
+    /// The verdict and everything that led to it.
+    pub(crate) preflight: Preflight,
+    /// The volume, resolved; absent when that failed.
+    pub(crate) volume: Option<Volume>,
+    /// The processes that would be stopped and moved.
+    pub(crate) processes: Vec<ProcessId>,
+    /// What they hold of the volume.
+    pub(crate) census: Option<Census>,
+    /// The first reason to refuse, as an error.
+    pub(crate) refusal: Option<AttachError>,
+}
+
+#[derive(Default)]
+struct Reasons {
+    refuse: Vec<(Reason, ExitCode)>,
+    degraded: Vec<Reason>,
+}
+
+impl Reasons {
+    fn refuse(&mut self, code: &str, text: impl Into<String>, hint: Option<&str>) {
+        self.refuse_with(code, text, hint, ExitCode::Failed);
+    }
+
+    fn refuse_with(&mut self, code: &str, text: impl Into<String>, hint: Option<&str>, exit: ExitCode) {
+        self.refuse.push((Reason { code: code.to_owned(), text: text.into(), hint: hint.map(str::to_owned) }, exit));
+    }
+
+    fn degrade(&mut self, code: &str, text: impl Into<String>, hint: Option<&str>) {
+        let reason = Reason { code: code.to_owned(), text: text.into(), hint: hint.map(str::to_owned) };
+        if !self.degraded.contains(&reason) {
+            self.degraded.push(reason);
+        }
+    }
+}
+
+/// Looks at kernel, target and volume, and says whether and how an attachment would work.
+///
+/// # Errors
+/// When the process does not exist; everything else is a reason in the answer.
+pub fn preflight(options: &InjectOptions) -> Result<Preflight, AttachError> {
+    let start = inspect::start_time(options.pid)?;
+    Ok(survey(options.pid, start, options.scope, &options.path, &options.state_dir)?.preflight)
+}
+
+/// The survey that pre-flight and the engine share.
+pub(crate) fn survey(pid: i32, start: u64, scope: Scope, path: &Path, state_dir: &Path) -> Result<Survey, AttachError> {
+    let mut reasons = Reasons::default();
+    machine(&mut reasons);
+    let target = Pid::new(pid)
+        .map(|pid| ProcessId { pid, start_time: start })
+        .ok_or_else(|| AttachError::new(Step::Preflight, format!("{pid} is not a process id")).exiting(ExitCode::Usage))?;
+    fitness(target, true, &mut reasons);
+    let mut volume = None;
+    let mut processes = Vec::new();
+    let mut census = None;
+    if reasons.refuse.is_empty() {
+        match Volume::resolve(target, path) {
+            Ok(found) => {
+                found.objections(state_dir, |code, text, hint, refuse| {
+                    if refuse { reasons.refuse(code, text, hint) } else { reasons.degrade(code, text, hint) }
+                });
+                volume = Some(found);
+            }
+            Err(error) => {
+                let chain = error.cause_chain();
+                let text = if chain.is_empty() { error.to_string() } else { format!("{error}: {chain}") };
+                reasons.refuse_with("path", text, error.hint(), error.exit_code());
+            }
+        }
+    }
+    if let Some(volume) = volume.as_ref().filter(|_| reasons.refuse.is_empty()) {
+        processes = crate::attaching::processes(target, scope)?;
+        for process in &processes {
+            if *process != target {
+                fitness(*process, false, &mut reasons);
+            }
+        }
+        match census::take(&processes, &|facts| volume.holds(facts)) {
+            Ok(taken) => {
+                holdings(&taken, volume, &mut reasons);
+                census = Some(taken);
+            }
+            Err(error) => reasons.refuse("census", format!("the target cannot be looked into: {}", chain(&error)), None),
+        }
+    }
+    let affected = census.as_ref().map(affected).unwrap_or_default();
+    let steps = volume.as_ref().map(|volume| plan(volume, &affected, scope)).unwrap_or_default();
+    let refusal = reasons.refuse.first().map(|(reason, exit)| {
+        let error = AttachError::new(Step::Preflight, reason.text.clone()).exiting(*exit);
+        match &reason.hint {
+            Some(hint) => error.hinting(hint.clone()),
+            None => error,
+        }
+    });
+    let verdict = match (reasons.refuse.is_empty(), reasons.degraded.is_empty()) {
+        (false, _) => Verdict::Refuse,
+        (true, false) => Verdict::Degraded,
+        (true, true) => Verdict::Ok,
+    };
+    let list = reasons.refuse.into_iter().map(|(reason, _)| reason).chain(reasons.degraded).collect();
+    Ok(Survey { preflight: Preflight { verdict, reasons: list, steps, processes: affected }, volume, processes, census, refusal })
+}
+
+/// An error with everything below it, on one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(error) = next {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        next = error.source();
+    }
+    text
+}
+
+fn machine(reasons: &mut Reasons) {
+    let missing = inspect::missing_capabilities();
+    if !missing.is_empty() {
+        let list: Vec<String> = missing.iter().map(|(name, why)| format!("{name} ({why})")).collect();
+        reasons.refuse("capabilities", format!("missing capabilities: {}", list.join(", ")), Some("run hobble as root"));
+    }
+    if inspect::kernel_version().is_some_and(|version| version < (5, 6)) {
+        reasons.refuse("kernel", "the kernel lacks pidfd_getfd(2) and openat2(2)", Some("Linux 5.6 or later is needed"));
+    }
+    if !missing.is_empty() {
+        return;
+    }
+    match crate::server::probe() {
+        Ok(true) => {}
+        Ok(false) => reasons.degrade(
+            "no_passthrough",
+            "the kernel offers no FUSE passthrough: every read and write goes through the server, mapped files are kept coherent only among users of the hook",
+            Some("Linux 6.9 or later with CONFIG_FUSE_PASSTHROUGH"),
+        ),
+        Err(error) => reasons.refuse("fuse", chain(&error), Some("`hobble doctor` tells more")),
+    }
+}
+
+/// Whether a process can be stopped and worked on.
+fn fitness(process: ProcessId, named: bool, reasons: &mut Reasons) {
+    let pid = process.pid;
+    let condition = match condition::of(process) {
+        Ok(condition) => condition,
+        Err(error) if error.is_gone() => {
+            if named {
+                reasons.refuse_with("gone", format!("process {pid} has exited"), None, ExitCode::TargetVanished);
+            }
+            return;
+        }
+        Err(error) => return reasons.refuse("inspect", format!("process {pid} cannot be looked at: {}", chain(&error)), None),
+    };
+    let comm = inspect::comm(pid.as_raw());
+    let who = format!("process {pid} ({comm})");
+    if condition.is_kernel_thread {
+        return reasons.refuse("kernel_thread", format!("{who} is a thread of the kernel"), None);
+    }
+    if condition.is_zombie || condition.is_exiting {
+        if named {
+            let hint = "it has no files any more; its parent has only to wait for it";
+            reasons.refuse_with("zombie", format!("{who} has ended and is a zombie"), Some(hint), ExitCode::TargetVanished);
+        }
+        return;
+    }
+    if pid == Pid::own() {
+        return reasons.refuse("own", format!("{who} is this very process"), None);
+    }
+    if let Some(tracer) = condition.tracer {
+        let tracer = tracer.as_raw();
+        reasons.refuse(
+            "traced",
+            format!("{who} is already traced by process {tracer} ({})", inspect::comm(tracer)),
+            Some("end the debugger, strace or other attachment first"),
+        );
+    }
+    if condition.word_size == Some(WordSize::Bits32) {
+        reasons.refuse("word_size", format!("{who} is a 32-bit program, which cannot be moved"), None);
+    }
+    if condition.is_frozen == Some(true) {
+        reasons.refuse("frozen", format!("{who} is frozen by its cgroup and cannot be stopped for the exchange"), Some("thaw the cgroup first"));
+    }
+    if condition.is_stopped {
+        reasons.degrade("stopped", format!("{who} is stopped; it stays so"), Some("kill -CONT lets it go on"));
+    }
+    if condition.status.seccomp != Seccomp::Disabled && inspect::under_seccomp() {
+        reasons.refuse(
+            "seccomp",
+            format!("{who} has a seccomp filter, and hobble runs under one itself, so it may not suspend the target's"),
+            Some("run hobble without SystemCallFilter, or with seccomp=unconfined"),
+        );
+    }
+}
+
+/// What the target holds that cannot be moved, or only with losses.
+fn holdings(census: &Census, volume: &Volume, reasons: &mut Reasons) {
+    // Each moved description: the census's copy, the one that is kept, and the stand-in; fewer as soon as the target goes on.
+    let needed = (census.descriptions().len() + census.mapped_files().len()) as u64 * 3 + OWN_DESCRIPTORS;
+    if let Some(limit) = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum
+        && needed > limit
+    {
+        reasons.refuse(
+            "descriptors",
+            format!("about {needed} open files are needed while the target is moved, the hard limit is {limit}"),
+            Some("raise hobble's hard limit (ulimit -Hn, LimitNOFILE=)"),
+        );
+    }
+    let posix = census
+        .descriptions()
+        .flat_map(|description| &description.locks)
+        .any(|held| held.lock.class == LockClass::Posix);
+    if posix {
+        reasons.degrade(
+            "fcntl_locks",
+            "the target holds POSIX locks: while they are handed over another process could take a read lock on them, and a program that keys its own lock table by st_dev \
+             sees files opened before and after as different",
+            Some("hobble keeps such descriptors apart; see docs/specification.md"),
+        );
+    }
+    for not_covered in census.not_covered() {
+        let (code, text) = describe(not_covered, volume);
+        if let Some(text) = text {
+            reasons.degrade(code, text, None);
+        }
+    }
+}
+
+/// A short name and a sentence for something that is not moved; no sentence when it does not concern the volume.
+pub(crate) fn describe(not_covered: &NotCovered, volume: &Volume) -> (&'static str, Option<String>) {
+    match not_covered {
+        NotCovered::InFlight { fd, descriptors, .. } => {
+            ("in_flight", Some(format!("{descriptors} descriptors wait unreceived in socket {fd}; should they be of the volume, they arrive native")))
+        }
+        NotCovered::IoUring { fd, files, .. } => {
+            ("io_uring", Some(format!("io_uring {fd} has {files} registered files, which stay native; operations through descriptors are covered")))
+        }
+        NotCovered::Aio { .. } => ("aio", Some("kernel AIO is in use: operations in flight finish on the native file".to_owned())),
+        NotCovered::Lease { .. } => ("lease", Some("a lease is held, which a file on the hook cannot have".to_owned())),
+        NotCovered::Inotify { fd, watches, .. } => {
+            let here = watches.iter().filter(|(device, _)| volume.is_on(*device)).count();
+            ("inotify", (here > 0).then(|| format!("inotify {fd} has {here} watches on the volume's filesystem; they see what reaches the backing files")))
+        }
+        NotCovered::Fanotify { fd, .. } => ("fanotify", Some(format!("fanotify {fd} sees what reaches the backing files"))),
+        NotCovered::Executable { process, .. } => {
+            ("executable", Some(format!("the program of process {process} lies in the volume; /proc/{process}/exe stays native")))
+        }
+        _ => ("other", None),
+    }
+}
+
+fn affected(census: &Census) -> Vec<AffectedProcess> {
+    let mut by_pid: BTreeMap<Pid, AffectedProcess> = BTreeMap::new();
+    for process in census.processes() {
+        let pid = process.id.pid;
+        let leader = process.threads.iter().find(|thread| thread.tid.as_raw() == pid.as_raw()).or(process.threads.first());
+        let places = leader.map(|thread| census.places_in(thread.table)).unwrap_or_default();
+        let table = leader.map(|thread| thread.table);
+        let locks = census
+            .descriptions()
+            .filter(|description| description.places.iter().any(|place| Some(place.table) == table))
+            .map(|description| description.locks.iter().filter(|held| held.table.is_none() || held.table == table).count() as u64)
+            .sum();
+        let mappings =
+            census.spaces().iter().find(|space| space.id == process.space).map_or(0, |space| space.mappings.len() as u64);
+        by_pid.insert(
+            pid,
+            AffectedProcess {
+                pid: u32::try_from(pid.as_raw()).unwrap_or(0),
+                comm: inspect::comm(pid.as_raw()),
+                descriptors: places.len() as u64,
+                mappings,
+                locks,
+            },
+        );
+    }
+    by_pid.into_values().collect()
+}
+
+/// The steps of an attachment in words; the engine takes them in this order.
+fn plan(volume: &Volume, affected: &[AffectedProcess], scope: Scope) -> Vec<String> {
+    let descriptors: u64 = affected.iter().map(|process| process.descriptors).sum();
+    let mappings: u64 = affected.iter().map(|process| process.mappings).sum();
+    let locks: u64 = affected.iter().map(|process| process.locks).sum();
+    let name = volume.display();
+    vec![
+        "open a journal in the state directory".to_owned(),
+        format!("serve a mirror of {name} on a FUSE mount that is attached nowhere yet"),
+        format!("open stand-ins for {descriptors} descriptors and {mappings} mappings while the target runs"),
+        format!("stop {} process{} ({})", affected.len(), if affected.len() == 1 { "" } else { "es" }, match scope {
+            Scope::Tree => "the process and its descendants",
+            Scope::Namespace => "everybody in the mount namespace",
+        }),
+        format!("put the mount over {name} in the target's mount namespace"),
+        format!("exchange {descriptors} descriptors, {mappings} mappings, {locks} locks and the working directories below {name}"),
+        "let the target go on, look for what was missed, turn the rules on".to_owned(),
+    ]
+}

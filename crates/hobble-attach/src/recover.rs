@@ -1,0 +1,495 @@
+//! Undoing an attachment whose server is dead: by the holder's successor at once, or by a fresh process from the journal.
+//!
+//! Invariants: nothing that the journal claims is acted on unverified (see `story`); the FUSE connection is aborted first, so that no target sleeps for an
+//! answer that nobody will give; what is put in a target's hands is the kept original wherever the holder still has it, and otherwise a file that has been
+//! found to be the same inode. The attachment's directory goes last: as long as anything is left to undo it can be tried again.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use hobble_api::Timestamp;
+use hobble_api::event::{Event, EventKind, Recovered, Why};
+use hobble_api::exit::ExitCode;
+use hobble_api::status::NotCovered as NotCoveredStatus;
+use hobble_graft::census::{self, Access, Census, Description, DescriptionLock, FileFacts, TableId};
+use hobble_graft::ids::{Device, ProcessId};
+use hobble_graft::proc::locks::{FileLock, LockClass, LockKind};
+use hobble_graft::remote;
+use hobble_graft::stop::{Deadline, Tracer};
+use hobble_graft::switch::{NoHandover, Switch};
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
+
+use crate::attaching::{Traced, stop_failed, who};
+use crate::client::Client;
+use crate::detaching::everybody;
+use crate::error::{AttachError, Step};
+use crate::holder::{DONE, NEEDS_RECOVERY};
+use crate::journal::{self, Journal, Record};
+use crate::journaling::Steps;
+use crate::preflight::chain;
+use crate::session::ServeConfig;
+use crate::state_dir::{AttachmentDir, StateDir};
+use crate::story::Story;
+use crate::sys;
+use crate::volume::{self, Volume};
+
+/// How long one stop may take here: not to recover is worse.
+const PAUSE: Duration = Duration::from_secs(5);
+/// How often is looked for what is still on the hook.
+const ROUNDS: u32 = 10;
+/// How long somebody else's recovery is waited for.
+const OTHERS: Duration = Duration::from_secs(20);
+
+/// Which attachments to recover.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Which {
+    /// One, by its id.
+    One(String),
+    /// Every one there is.
+    All,
+}
+
+/// Recovers attachments: asks their servers, and undoes from the journal what has no server any more. `each` sees the events of what happens.
+///
+/// # Errors
+/// The first failure; with [`Which::All`] the others are tried all the same.
+pub fn recover(state_dir: &Path, which: &Which, force: bool, each: &mut dyn FnMut(&Event)) -> Result<(), AttachError> {
+    let ids = match which {
+        Which::One(id) => vec![id.clone()],
+        Which::All => crate::ids(state_dir)?,
+    };
+    let mut first = Ok(());
+    for id in ids {
+        let result = recover_one(state_dir, &id, force, each);
+        if let Err(error) = result {
+            tracing::debug!(id, %error, "recovery failed");
+            if first.is_ok() {
+                first = Err(error);
+            }
+        }
+    }
+    first
+}
+
+fn recover_one(state_dir: &Path, id: &str, force: bool, each: &mut dyn FnMut(&Event)) -> Result<(), AttachError> {
+    // Says what is wrong with the id or the directory.
+    let dir = attachment(state_dir, id)?;
+    if let Ok(mut client) = Client::connect(id, &dir.socket()) {
+        let since = Client::connect(id, &dir.socket()).and_then(|client| client.events(false, None)).map(last_number).unwrap_or(0);
+        match client.recover(force) {
+            Ok(()) => {
+                if let Ok(mut events) = Client::connect(id, &dir.socket()).and_then(|client| client.events(false, Some(since))) {
+                    while let Ok(Some(event)) = events.next(Duration::from_secs(1)) {
+                        each(&event);
+                    }
+                }
+                return Ok(());
+            }
+            // It died while it was asked; the journal tells how far it came.
+            Err(_) if server_is_dead(&dir) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let publish = |kind| each(&Event::new(Timestamp::now(), id, kind));
+    undo(&dir, force, publish)
+}
+
+fn last_number(mut events: crate::client::Events) -> u64 {
+    let mut next = 0;
+    while let Ok(Some(event)) = events.next(Duration::from_secs(1)) {
+        next = event.seq.map_or(next, |seq| seq + 1);
+    }
+    next
+}
+
+fn attachment(state_dir: &Path, id: &str) -> Result<AttachmentDir, AttachError> {
+    StateDir::open(state_dir, false)
+        .and_then(|state| state.attachment(id))
+        .map_err(|error| AttachError::new(Step::Recover, format!("no attachment `{id}`")).because(error))
+}
+
+fn server_is_dead(dir: &AttachmentDir) -> bool {
+    read_story(dir).is_ok_and(|story| story.is_none_or(|story| story.living_server().is_none()))
+}
+
+/// The journal's story; `None` when there is no journal: the server died before it touched anything.
+fn read_story(dir: &AttachmentDir) -> Result<Option<Story>, AttachError> {
+    if !dir.journal().exists() {
+        return Ok(None);
+    }
+    let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
+        AttachError::new(Step::Recover, format!("the journal of `{}` cannot be trusted", dir.id()))
+            .because(error)
+            .hinting("docs/recovery.md says how to undo an attachment by hand; nothing was touched")
+            .exiting(ExitCode::NeedsRecovery)
+    };
+    let file = dir.open_own(&dir.journal()).map_err(|error| failed(error.into()))?;
+    let records = journal::read(file).map_err(|error| failed(error.into()))?;
+    if records.is_empty() {
+        return Ok(None);
+    }
+    Story::of(records, dir.id()).map(Some).map_err(|error| failed(error.into()))
+}
+
+/// What the holder runs when the server has died: the same undoing, in a process that shares the holder's descriptors.
+pub(crate) fn successor(config: &ServeConfig, _holder: Pid) -> i32 {
+    let result = attachment(&config.state_dir, &config.id).and_then(|dir| undo(&dir, true, |_| {}));
+    match result {
+        Ok(()) => DONE,
+        Err(error) => {
+            tracing::error!(%error, cause = error.cause_chain(), "the target could not be put back");
+            NEEDS_RECOVERY
+        }
+    }
+}
+
+/// Undoes what the journal tells of, and removes the attachment.
+fn undo(dir: &AttachmentDir, force: bool, mut publish: impl FnMut(EventKind)) -> Result<(), AttachError> {
+    let until = Instant::now() + OTHERS;
+    let story = loop {
+        let Some(story) = read_story(dir)? else { return finish(dir, None) };
+        let other = story.living_server().filter(|process| process.pid != hobble_graft::ids::Pid::own());
+        match other {
+            None => break story,
+            // The holder's successor, or another `hobble recover`, is at it.
+            Some(_) if Instant::now() < until => std::thread::sleep(Duration::from_millis(50)),
+            Some(process) => {
+                return Err(AttachError::new(Step::Recover, format!("process {process} is still working on attachment `{}`", dir.id()))
+                    .hinting("look at its log, or end it"));
+            }
+        }
+        if !dir.journal().exists() {
+            return Ok(());
+        }
+    };
+    publish(EventKind::Recovering { why: Why::LostServer });
+    let mut journal = open_for_more(dir)?;
+    let me = crate::server::who(rustix::process::getpid())?;
+    journal.append(&Record::Server(me)).map_err(|error| AttachError::new(Step::Recover, "the journal cannot be written").because(error))?;
+    let mut work = Undoing { story: &story, journal, left: Vec::new(), pause: Duration::ZERO };
+    let result = Tracer::scope(|tracer| work.run(tracer).map_err(Traced)).map_err(|Traced(error)| error);
+    let (left, pause) = (std::mem::take(&mut work.left), work.pause);
+    result?;
+    if !left.is_empty() && !force {
+        let list: Vec<String> = left.iter().map(|left| format!("{}: {}", left.what, left.reason)).collect();
+        return Err(AttachError::new(Step::Recover, format!("not everything could be given back: {}", list.join("; ")))
+            .hinting("--force leaves these descriptors to fail and ends the attachment")
+            .needing_recovery());
+    }
+    publish(EventKind::Recovered(Recovered { pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX), rules: Vec::new(), left }));
+    finish(dir, story.living_holder())
+}
+
+fn open_for_more(dir: &AttachmentDir) -> Result<Journal, AttachError> {
+    let failed = |error: Box<dyn std::error::Error + Send + Sync>| AttachError::new(Step::Recover, "the journal cannot be opened").because(error);
+    drop(dir.open_own(&dir.journal()).map_err(|error| failed(error.into()))?);
+    let fd = rustix::fs::open(dir.journal(), OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| failed(std::io::Error::from(error).into()))?;
+    Ok(Journal::new(File::from(fd)))
+}
+
+/// Ends the holder, if it is not our own parent that is waiting for us, and removes the directory.
+fn finish(dir: &AttachmentDir, holder: Option<ProcessId>) -> Result<(), AttachError> {
+    dir.remove().map_err(|error| AttachError::new(Step::Recover, "the attachment's directory cannot be removed").because(error))?;
+    let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get());
+    if let Some(holder) = holder
+        && parent != Some(holder.pid.as_raw())
+        && let Some(pid) = Pid::from_raw(holder.pid.as_raw())
+    {
+        let _ = rustix::process::kill_process(pid, Signal::TERM);
+    }
+    Ok(())
+}
+
+struct Undoing<'a> {
+    story: &'a Story,
+    journal: Journal,
+    left: Vec<NotCoveredStatus>,
+    pause: Duration,
+}
+
+impl Undoing<'_> {
+    fn run(&mut self, tracer: &Tracer) -> Result<(), AttachError> {
+        let story = self.story;
+        for residue in &story.residues {
+            match remote::clean(residue, Deadline::after(PAUSE)) {
+                Ok(_) => {}
+                Err(error) => tracing::warn!(pid = residue.pid, error = chain(&error), "what a dead server left in a process stays there; it is harmless"),
+            }
+        }
+        self.limits();
+        if story.hook_dev == 0 {
+            return Ok(());
+        }
+        let device = Device::from_raw(story.hook_dev);
+        // Whoever sleeps in a request to the dead server gets an error now instead of sleeping for ever.
+        match hobble_fuse::mount::Connection::from_number(device.minor).abort() {
+            Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+            Err(error) => tracing::warn!(%error, "the connection could not be aborted"),
+        }
+        let originals = Originals::collect(story)?;
+        for _ in 0..ROUNDS {
+            self.unmount(device)?;
+            let on_hook = move |facts: &FileFacts| facts.device == device;
+            let mut processes = Vec::new();
+            for process in everybody() {
+                if Some(process) == story.holder {
+                    continue;
+                }
+                if census::take(&[process], &on_hook).is_ok_and(|found| holds_anything(&found)) {
+                    processes.push(process);
+                }
+            }
+            if processes.is_empty() {
+                return Ok(());
+            }
+            if !self.give_back(tracer, &processes, device, &originals)? {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Soft limits that a dead server had raised for an exchange.
+    fn limits(&self) {
+        for (pid, soft) in &self.story.limits {
+            let named = self.story.posix.iter().map(|lock| lock.who).chain(self.story.kept.iter().flat_map(|kept| kept.places.iter().map(|place| place.who)));
+            let lives = named
+                .filter(|who| who.pid == *pid)
+                .filter_map(crate::story::process)
+                .chain(self.story.target.filter(|target| target.pid.as_raw() == *pid))
+                .any(|process| process.is_alive().unwrap_or(false));
+            if lives && let Err(error) = sys::set_soft_descriptor_limit(*pid, *soft) {
+                tracing::warn!(pid, %error, "the soft limit on descriptors stays raised");
+            }
+        }
+    }
+
+    fn unmount(&self, device: Device) -> Result<(), AttachError> {
+        if self.story.placing.is_some() { volume::remove_everywhere(device) } else { Ok(()) }
+    }
+
+    /// One stop of everybody on the hook. Says whether another round may find more.
+    fn give_back(&mut self, tracer: &Tracer, processes: &[ProcessId], device: Device, originals: &Originals) -> Result<bool, AttachError> {
+        let _ = self.journal.append(&Record::Stopping { processes: processes.iter().map(|process| who(*process)).collect() });
+        let deadline = Deadline::after(PAUSE);
+        let mut stopped = tracer.stop_all(processes, deadline).map_err(|error| stop_failed(Step::Recover, error).needing_recovery())?;
+        let census = census::take(stopped.processes(), &|facts| facts.device == device)
+            .map_err(|error| AttachError::new(Step::Recover, "the stopped target cannot be looked into").because(error).needing_recovery())?;
+        self.left.clear();
+        let mut switch = Switch::new(&census);
+        let mut moves = 0;
+        for description in census.descriptions() {
+            match originals.of(description, &census) {
+                Ok(original) => {
+                    let locks = self.posix_locks(description, &census, &original);
+                    if !locks.is_empty() {
+                        switch.locks(description.id, locks);
+                    }
+                    switch.description(description.id, original);
+                    moves += 1;
+                }
+                Err(error) => self.leave(&description.facts, &error),
+            }
+        }
+        for file in census.mapped_files() {
+            let flags = if file.is_writable { OFlags::RDWR } else { OFlags::RDONLY };
+            match originals.reach(&file.facts, flags) {
+                Ok(original) => {
+                    switch.mapped_file(file.id, original);
+                    moves += 1;
+                }
+                Err(error) => self.leave(&file.facts, &error),
+            }
+        }
+        for fs in census.fs_structs() {
+            for (directory, is_root) in [(&fs.cwd, false), (&fs.root, true)] {
+                let Some(directory) = directory else { continue };
+                match originals.reach(&directory.facts, OFlags::PATH | OFlags::DIRECTORY) {
+                    Ok(original) if is_root => switch.root_directory(fs.id, original),
+                    Ok(original) => switch.working_directory(fs.id, original),
+                    Err(error) => {
+                        self.leave(&directory.facts, &error);
+                        continue;
+                    }
+                }
+                moves += 1;
+            }
+        }
+        if moves == 0 {
+            return Ok(false);
+        }
+        // The server's OFD locks on the same ranges would keep the target from taking its own; nobody serves them any more.
+        originals.unlock_servers();
+        let report = switch.apply(&mut stopped, deadline, &mut Steps { journal: &mut self.journal }, &mut NoHandover);
+        let released = stopped.release();
+        self.pause = self.pause.max(released.stood_still);
+        report.map(|_| true).map_err(|failed| {
+            AttachError::new(Step::Recover, "the target's files could not be given back").because(failed).needing_recovery()
+        })
+    }
+
+    fn leave(&mut self, facts: &FileFacts, error: &std::io::Error) {
+        self.left.push(NotCoveredStatus { what: facts.path.display().to_string(), reason: error.to_string(), pid: None });
+    }
+
+    /// POSIX locks that the process had when it was attached.
+    fn posix_locks(&self, description: &Description, census: &Census, original: &OwnedFd) -> Vec<DescriptionLock> {
+        let Ok(stat) = rustix::fs::fstat(original) else { return Vec::new() };
+        let mut locks = Vec::new();
+        for lock in self.story.posix.iter().filter(|lock| lock.ino == stat.st_ino && lock.dev == stat.st_dev) {
+            let table: Option<TableId> = description.places.iter().map(|place| place.table).find(|table| {
+                census.tables().iter().filter(|known| known.id == *table).any(|known| known.members.iter().any(|member| member.pid.as_raw() == lock.who.pid))
+            });
+            let Some(table) = table else { continue };
+            let kind = if lock.write { LockKind::Write } else { LockKind::Read };
+            let end = (lock.end_byte != u64::MAX).then_some(lock.end_byte);
+            let lock = FileLock { class: LockClass::Posix, kind, pid: None, inode: None, start: lock.start_byte, end };
+            locks.push(DescriptionLock { lock, table: Some(table) });
+        }
+        locks
+    }
+}
+
+fn holds_anything(census: &Census) -> bool {
+    census.descriptions().len() > 0
+        || !census.mapped_files().is_empty()
+        || census.fs_structs().iter().any(|fs| fs.cwd.is_some() || fs.root.is_some())
+}
+
+/// Where originals are found: the holder's descriptors, and the volume itself.
+struct Originals {
+    /// The holder's descriptors of files on the volume's device, by inode.
+    held: BTreeMap<u64, Vec<HeldFile>>,
+    kept: BTreeMap<(i32, u64, i32), i32>,
+    root: Option<(OwnedFd, Vec<u8>)>,
+    /// Descriptions of the server's that have been given away: each serves one open file.
+    used: RefCell<BTreeSet<i32>>,
+}
+
+struct HeldFile {
+    number: i32,
+    file: OwnedFd,
+    flags: OFlags,
+}
+
+impl Originals {
+    fn collect(story: &Story) -> Result<Self, AttachError> {
+        let mut held: BTreeMap<u64, Vec<HeldFile>> = BTreeMap::new();
+        let root = story.target.filter(|target| target.is_alive().unwrap_or(false)).and_then(|target| {
+            let path = PathBuf::from(<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(story.path.clone()));
+            Some((target, path))
+        });
+        if story.placing.is_some() {
+            volume::remove_everywhere(Device::from_raw(story.hook_dev))?;
+        }
+        let volume = root.and_then(|(target, path)| Volume::resolve(target, &path).ok());
+        if let (Some(volume), Some(around)) = (&volume, story.placing)
+            && let Err(error) = volume::restore_propagation(volume, around.into())
+        {
+            tracing::warn!(%error, cause = error.cause_chain(), "the mount around the volume may propagate differently than before");
+        }
+        let root = volume.and_then(|volume| Some((volume.native().ok()?, volume.printed().to_vec())));
+        if let Some(holder) = story.living_holder() {
+            let failed = |error: rustix::io::Errno| AttachError::io(Step::Recover, format!("look into the holder, process {holder}"), error);
+            let pid = Pid::from_raw(holder.pid.as_raw()).ok_or_else(|| failed(rustix::io::Errno::SRCH))?;
+            let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(failed)?;
+            if !holder.is_alive().unwrap_or(false) {
+                return Err(failed(rustix::io::Errno::SRCH));
+            }
+            let numbers = std::fs::read_dir(format!("/proc/{holder}/fd"))
+                .map_err(|error| AttachError::io(Step::Recover, format!("list the descriptors of the holder, process {holder}"), error))?;
+            for number in numbers.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok()) {
+                let Ok(file) = rustix::process::pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()) else { continue };
+                let (Ok(stat), Ok(flags)) = (rustix::fs::fstat(&file), rustix::fs::fcntl_getfl(&file)) else { continue };
+                if stat.st_dev == story.hook_dev {
+                    continue;
+                }
+                held.entry(stat.st_ino).or_default().push(HeldFile { number, file, flags });
+            }
+        }
+        let kept = story
+            .kept
+            .iter()
+            .flat_map(|kept| kept.places.iter().map(|place| ((place.who.pid, place.who.start, place.fd), kept.holder_fd)))
+            .collect();
+        Ok(Self { held, kept, root, used: RefCell::default() })
+    }
+
+    /// The description that stands behind one on the hook.
+    fn of(&self, description: &Description, census: &Census) -> std::io::Result<OwnedFd> {
+        let inode = description.facts.inode;
+        let access = OFlags::from_bits_retain(description.flags.0) & (OFlags::ACCMODE | OFlags::PATH);
+        let same = self.held.get(&inode).map(Vec::as_slice).unwrap_or_default();
+        // Where it was found when it was moved; a descriptor that was re-used since has another inode or another access mode.
+        for place in &description.places {
+            let members = census.tables().iter().find(|table| table.id == place.table).map(|table| table.members.as_slice()).unwrap_or_default();
+            for member in members {
+                let Some(process) = census.processes().iter().find(|process| process.id.pid == member.pid) else { continue };
+                let key = (process.id.pid.as_raw(), process.id.start_time, place.fd.as_raw());
+                if let Some(number) = self.kept.get(&key)
+                    && let Some(found) = same.iter().find(|held| held.number == *number && held.flags & (OFlags::ACCMODE | OFlags::PATH) == access)
+                {
+                    return found.file.try_clone();
+                }
+            }
+        }
+        let kept: Vec<i32> = self.kept.values().copied().collect();
+        let opened = same
+            .iter()
+            .find(|held| {
+                !kept.contains(&held.number)
+                    && !self.used.borrow().contains(&held.number)
+                    && held.flags & (OFlags::ACCMODE | OFlags::PATH) == access
+                    && description.flags.access() != Access::Path
+            });
+        if let Some(held) = opened {
+            // The one that served it, or one that served the same file in the same mode: a flock, if there is one, stays.
+            self.used.borrow_mut().insert(held.number);
+            return held.file.try_clone();
+        }
+        self.reach(&description.facts, access)
+    }
+
+    /// The file at a path of the hook, by the holder's descriptors or by name.
+    fn reach(&self, facts: &FileFacts, flags: OFlags) -> std::io::Result<OwnedFd> {
+        if let Some(held) = self.held.get(&facts.inode).and_then(|held| held.first()) {
+            return reopen(held.file.as_fd(), flags);
+        }
+        let lost = |why: &str| std::io::Error::new(std::io::ErrorKind::NotFound, format!("it cannot be found again: {why}"));
+        if facts.is_deleted {
+            return Err(lost("it has no name, and the process that kept it open is dead"));
+        }
+        let (root, printed) = self.root.as_ref().ok_or_else(|| lost("the volume itself cannot be reached"))?;
+        let relative = volume::below(printed, &facts.path).ok_or_else(|| lost("its name is not below the volume"))?;
+        let relative = if relative.is_empty() { b".".to_vec() } else { relative };
+        let how = rustix::fs::ResolveFlags::BENEATH | rustix::fs::ResolveFlags::NO_SYMLINKS;
+        let found = rustix::fs::openat2(root, relative, flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOFOLLOW, Mode::empty(), how)?;
+        let stat = rustix::fs::fstat(&found)?;
+        if stat.st_ino != facts.inode {
+            return Err(lost("another file has its name now"));
+        }
+        Ok(found)
+    }
+
+    /// Gives up the OFD locks that the dead server held for others.
+    fn unlock_servers(&self) {
+        let kept: Vec<i32> = self.kept.values().copied().collect();
+        for held in self.held.values().flatten().filter(|held| !kept.contains(&held.number)) {
+            if let Err(error) = sys::unlock_description(held.file.as_fd()) {
+                tracing::debug!(number = held.number, %error, "a lock of the dead server stays");
+            }
+        }
+    }
+}
+
+/// The same inode in a new description.
+fn reopen(fd: std::os::fd::BorrowedFd<'_>, flags: OFlags) -> std::io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
+    Ok(rustix::fs::open(path, (flags & (OFlags::ACCMODE | OFlags::PATH | OFlags::DIRECTORY)) | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())?)
+}

@@ -1,0 +1,196 @@
+//! The server process: signals, lifeline and control socket around the engine.
+//!
+//! Invariant: every way in which somebody may want the attachment to end (a request, SIGINT, SIGTERM or SIGHUP, the session's end, the deadline,
+//! the target's exit) becomes one [`Command`] to the engine, which works them off one after the other on one thread, the only
+//! thread of this process that traces.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use hobble_api::Timestamp;
+use hobble_api::event::{EventKind, Failed, Why};
+use hobble_api::status::{Phase, Status, TargetProcess};
+use rustix::process::Pid;
+
+use crate::board::Board;
+use crate::control::{self, Command, Front};
+use crate::engine::Engine;
+use crate::error::{AttachError, Step};
+use crate::holder::{DONE, NEEDS_RECOVERY};
+use crate::journal::{Journal, Record, Who};
+use crate::session::ServeConfig;
+use crate::state_dir::{AttachmentDir, StateDir};
+use crate::{inspect, sys};
+
+const SIGNALS: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+/// How long followers get to read the last event before the process ends.
+const FAREWELL: Duration = Duration::from_millis(500);
+
+/// What this process is, for the journal.
+pub(crate) fn who(pid: Pid) -> Result<Who, AttachError> {
+    let pid = pid.as_raw_nonzero().get();
+    Ok(Who { pid, start: inspect::start_time(pid)? })
+}
+
+/// Opens a fresh journal: who holds, who serves, which boot.
+fn open_journal(dir: &AttachmentDir, id: &str, holder: Pid) -> Result<Journal, AttachError> {
+    let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
+        AttachError::new(Step::Journal, "the journal cannot be written")
+            .because(error)
+            .hinting("the state directory needs a few MiB of space; name another one with --state-dir")
+    };
+    let file = dir.create_own(&dir.journal()).map_err(|error| failed(error.into()))?;
+    let mut journal = Journal::new(file);
+    let boot_id = hobble_graft::ids::BootId::current().map_err(|error| failed(error.into()))?;
+    let created = u64::try_from(Timestamp::now().as_second()).unwrap_or(0);
+    journal
+        .append(&Record::Opened { v: 1, id: id.to_owned(), boot_id: boot_id.as_str().to_owned(), created })
+        .and_then(|()| Ok(journal.append(&Record::Holder(who(holder).map_err(foreign)?))?))
+        .and_then(|()| Ok(journal.append(&Record::Server(who(rustix::process::getpid()).map_err(foreign)?))?))
+        .map_err(|error| failed(error.into()))?;
+    Ok(journal)
+}
+
+fn foreign(error: AttachError) -> crate::journal::JournalError {
+    crate::journal::JournalError::Foreign { problem: error.to_string() }
+}
+
+/// The whole life of the server; gives back the exit status that tells the holder what is left.
+pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32 {
+    // Blocked before any thread is made, so that only the signal thread takes them.
+    sys::block_signals(&SIGNALS);
+    let dir = match StateDir::open(&config.state_dir, false).and_then(|state| state.attachment(&config.id)) {
+        Ok(dir) => dir,
+        Err(error) => return give_up(&lifeline, &error.to_string()),
+    };
+    let journal = match open_journal(&dir, &config.id, holder) {
+        Ok(journal) => journal,
+        Err(error) => return give_up(&lifeline, &format!("{error}: {}", error.cause_chain())),
+    };
+    crate::fault_point::pass("journal-opened");
+    let board = Arc::new(Board::new(first_status(&config, holder)));
+    let (engine_in, commands) = mpsc::channel();
+    let mut engine = Engine::new(config.clone(), journal, Arc::clone(&board));
+    let counters = engine.counters();
+    let targets = engine.targets();
+    let front = Front {
+        board: Arc::clone(&board),
+        refresh: Box::new(move |status| {
+            status.rules = counters();
+            status.targets = targets()
+                .into_iter()
+                .filter_map(|pid| Some(TargetProcess { pid: u32::try_from(pid).ok()?, comm: inspect::comm(pid) }))
+                .collect();
+        }),
+        engine: engine_in.clone(),
+    };
+    let started = control::bind(&dir.socket())
+        .and_then(|listener| control::serve(listener, Arc::new(front)))
+        .and_then(|()| watch_signals(engine_in.clone()))
+        .and_then(|()| if config.detach { Ok(()) } else { watch_lifeline(&lifeline, engine_in) });
+    if let Err(error) = started {
+        return give_up(&lifeline, &error.to_string());
+    }
+    if (&lifeline).write_all(b"ready\n").is_err() {
+        let _ = dir.remove();
+        return DONE;
+    }
+    drop(lifeline);
+    let code = engine.live(&commands);
+    board.close();
+    let farewell = Instant::now() + FAREWELL;
+    while control::open_connections() > 0 && Instant::now() < farewell {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    if code == DONE {
+        if let Err(error) = dir.remove() {
+            tracing::warn!(%error, "the attachment's directory stays behind");
+        }
+    }
+    code
+}
+
+pub(crate) use crate::hook::probe;
+
+/// Publishes the failure of an attachment.
+pub(crate) fn publish_failure(board: &Board, error: &AttachError) {
+    board.edit(|status| status.phase = Phase::Failed);
+    let chain = error.cause_chain();
+    let cause = if chain.is_empty() { error.to_string() } else { format!("{error}: {chain}") };
+    board.publish(EventKind::Failed(Failed {
+        step: error.step().name().to_owned(),
+        cause,
+        hint: error.hint().map(str::to_owned),
+        rolled_back: error.rolled_back(),
+    }));
+}
+
+/// The exit status that a failure leaves the holder with.
+pub(crate) fn failure_code(error: &AttachError) -> i32 {
+    if error.rolled_back() { DONE } else { NEEDS_RECOVERY }
+}
+
+fn give_up(mut lifeline: &UnixStream, problem: &str) -> i32 {
+    tracing::error!(problem, "the server cannot start");
+    let _ = lifeline.write_all(format!("{}\n", problem.replace('\n', " ")).as_bytes());
+    // Nothing has been touched: the holder has nothing to keep.
+    DONE
+}
+
+fn first_status(config: &ServeConfig, holder: Pid) -> Status {
+    let now = Timestamp::now();
+    Status {
+        id: config.id.clone(),
+        phase: Phase::Pending,
+        paused: false,
+        targets: Vec::new(),
+        scope: config.scope,
+        path: String::from_utf8_lossy(&config.path).into_owned(),
+        started: now,
+        deadline: None,
+        seed: config.seed.unwrap_or(0),
+        rules: Vec::new(),
+        server_pid: Some(std::process::id()),
+        holder_pid: u32::try_from(holder.as_raw_nonzero().get()).ok(),
+        passthrough: false,
+        degraded: Vec::new(),
+        not_covered: Vec::new(),
+    }
+}
+
+fn watch_signals(engine: mpsc::Sender<Command>) -> std::io::Result<()> {
+    std::thread::Builder::new()
+        .name("hobble-signals".into())
+        .spawn(move || {
+            loop {
+                if sys::wait_signal(&SIGNALS, Duration::from_secs(3600)).is_some()
+                    && engine.send(Command::Recover { why: Why::Signal, force: false, answer: None }).is_err()
+                {
+                    return;
+                }
+            }
+        })
+        .map(drop)
+}
+
+fn watch_lifeline(lifeline: &UnixStream, engine: mpsc::Sender<Command>) -> std::io::Result<()> {
+    let mut lifeline = lifeline.try_clone()?;
+    lifeline.set_read_timeout(None)?;
+    std::thread::Builder::new()
+        .name("hobble-lifeline".into())
+        .spawn(move || {
+            let mut byte = [0_u8; 16];
+            loop {
+                match lifeline.read(&mut byte) {
+                    Ok(0) => break,
+                    Err(error) if error.kind() != std::io::ErrorKind::Interrupted => break,
+                    _ => {}
+                }
+            }
+            let _ = engine.send(Command::Recover { why: Why::LostLease, force: false, answer: None });
+        })
+        .map(drop)
+}

@@ -1,0 +1,117 @@
+//! What a journal says, put together: who was attached how, what is kept where, and what may be left in which process.
+//!
+//! Invariant: everything here is a claim of a file that may have been tampered with. A claim about a process is used only while a process with that
+//! pid *and* start time lives; a claim about a descriptor only when the descriptor turns out to be that file.
+
+use std::collections::BTreeMap;
+
+use hobble_graft::ids::{BootId, Pid, ProcessId};
+use hobble_graft::remote::Residue;
+
+use crate::journal::{Around, JournalError, Kept, PosixLock, Record, Who};
+
+/// A journal's claims.
+#[derive(Debug, Default)]
+pub(crate) struct Story {
+    pub(crate) holder: Option<ProcessId>,
+    pub(crate) server: Option<ProcessId>,
+    pub(crate) target: Option<ProcessId>,
+    pub(crate) scope: String,
+    pub(crate) mount_ns: u64,
+    pub(crate) path: Vec<u8>,
+    /// `st_dev` of the hook; 0 when there was no connection yet.
+    pub(crate) hook_dev: u64,
+    pub(crate) kept: Vec<Kept>,
+    pub(crate) posix: Vec<PosixLock>,
+    pub(crate) residues: Vec<Residue>,
+    pub(crate) limits: BTreeMap<i32, u64>,
+    /// The hook was about to be placed: it may be there, and the mount around it may propagate differently.
+    pub(crate) placing: Option<Around>,
+    /// Nothing but late descriptors is left.
+    pub(crate) recovered: bool,
+}
+
+/// A process named by the journal, if its numbers are numbers of a process.
+pub(crate) fn process(who: Who) -> Option<ProcessId> {
+    Pid::new(who.pid).map(|pid| ProcessId { pid, start_time: who.start })
+}
+
+impl Story {
+    /// Puts the records of attachment `id` together.
+    ///
+    /// # Errors
+    /// [`JournalError::Foreign`] when they tell of another boot or another attachment.
+    pub(crate) fn of(records: Vec<Record>, id: &str) -> Result<Self, JournalError> {
+        let mut story = Self::default();
+        for record in records {
+            match record {
+                Record::Opened { id: named, boot_id, .. } => {
+                    if named != id {
+                        return Err(JournalError::Foreign { problem: format!("it names attachment `{named}`") });
+                    }
+                    let now = BootId::current().map_err(|error| JournalError::Foreign { problem: error.to_string() })?;
+                    if BootId::parse(boot_id.as_bytes()).is_none_or(|then| then != now) {
+                        return Err(JournalError::Foreign { problem: "it was written before the last boot: there is nothing left to undo".to_owned() });
+                    }
+                }
+                Record::Holder(who) => story.holder = process(who),
+                Record::Server(who) => story.server = process(who),
+                Record::Attachment { target, scope, mount_ns, path, hook_dev } => {
+                    story.target = process(target);
+                    story.scope = scope;
+                    story.mount_ns = mount_ns;
+                    story.path = path;
+                    story.hook_dev = hook_dev;
+                }
+                Record::Keeping { kept } => story.kept.extend(kept),
+                Record::Locks { posix } => story.posix = posix,
+                Record::Placing(around) => story.placing = Some(around),
+                Record::Residue { who, what } => match serde_json::from_value::<Residue>(what) {
+                    Ok(residue) if residue.pid == who.pid && residue.start_time == who.start => story.residues.push(residue),
+                    _ => tracing::warn!(pid = who.pid, "the journal's record of what was left in a process is not understood"),
+                },
+                Record::Limit { pid, soft } => {
+                    story.limits.entry(pid).or_insert(soft);
+                }
+                Record::Recovered { .. } => story.recovered = true,
+                Record::Stopping { .. } | Record::Grafting | Record::Attached | Record::Recovering { .. } => {}
+            }
+        }
+        Ok(story)
+    }
+
+    /// The holder, if it still lives.
+    pub(crate) fn living_holder(&self) -> Option<ProcessId> {
+        self.holder.filter(|process| process.is_alive().unwrap_or(false))
+    }
+
+    /// The last server or recoverer, if it still lives.
+    pub(crate) fn living_server(&self) -> Option<ProcessId> {
+        self.server.filter(|process| process.is_alive().unwrap_or(false))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_boot_and_another_id_are_refused() {
+        let boot = BootId::current().unwrap().as_str().to_owned();
+        let opened = |id: &str, boot: &str| vec![Record::Opened { v: 1, id: id.into(), boot_id: boot.into(), created: 0 }];
+        assert!(Story::of(opened("abcd", &boot), "abcd").is_ok());
+        assert!(matches!(Story::of(opened("abcd", &boot), "efgh"), Err(JournalError::Foreign { .. })));
+        let other = "00000000-0000-0000-0000-000000000000";
+        assert!(matches!(Story::of(opened("abcd", other), "abcd"), Err(JournalError::Foreign { .. })));
+    }
+
+    #[test]
+    fn a_forged_residue_is_not_believed() {
+        let boot = BootId::current().unwrap().as_str().to_owned();
+        let records = vec![
+            Record::Opened { v: 1, id: "abcd".into(), boot_id: boot, created: 0 },
+            Record::Residue { who: Who { pid: 1, start: 1 }, what: serde_json::json!({"pid": 2, "start_time": 1}) },
+        ];
+        assert!(Story::of(records, "abcd").unwrap().residues.is_empty());
+    }
+}
