@@ -144,7 +144,7 @@ pub(crate) struct Inject {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  hobble exec --path /tmp/db --fault 'errno=ENOSPC op=write after=1000' -- sqlite3 /tmp/db/x.db 'VACUUM'
+  hobble exec --path /tmp/db --fault 'errno=ENOSPC op=write after=1000' -- ./fill-it-up
   hobble exec --path ./data -f experiment.yaml -- cargo test
   hobble exec --path ./data -- ./baseline")]
 pub(crate) struct Exec {
@@ -187,7 +187,7 @@ pub(crate) struct Show {
 #[command(after_help = "\
 Examples:
   hobble update --fault 'latency=200ms op=fsync'
-  hobble update brisk-otter -f experiment.yaml")]
+  hobble update k7mq2x9f -f experiment.yaml")]
 pub(crate) struct Update {
     #[command(flatten)]
     pub(crate) id: IdArg,
@@ -220,7 +220,7 @@ pub(crate) struct Resume {
 #[command(after_help = "\
 Examples:
   hobble recover
-  hobble recover brisk-otter
+  hobble recover k7mq2x9f
   hobble recover --all")]
 pub(crate) struct Recover {
     #[command(flatten)]
