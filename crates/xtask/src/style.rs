@@ -11,7 +11,7 @@ use hobble_testkit::program::workspace;
 /// Files past this many lines of code (no comments, no empty lines, no tests) say in their first paragraph why they are one file (`Length:`).
 const LONG: usize = 500;
 /// How far above a wait its reason may stand.
-const NEAR: usize = 8;
+const NEAR: usize = 20;
 /// Crates below this line of the architecture know no async runtime, no command line, no Kubernetes.
 const SYNCHRONOUS: &[&str] = &[
     "hobble-attach",
@@ -268,7 +268,7 @@ mod tests {
         assert!(
             texts(
                 "a/src/b.rs",
-                &format!("//! x\n{}thread::sleep(POLL);\n", "\n".repeat(9))
+                &format!("//! x\n{}thread::sleep(POLL);\n", "\n".repeat(21))
             )[0]
             .contains("sleep")
         );
@@ -292,7 +292,7 @@ mod tests {
         assert_eq!(
             texts(
                 "a/tests/b.rs",
-                &format!("//! x\n{}thread::sleep(POLL);\n", "\n".repeat(9))
+                &format!("//! x\n{}thread::sleep(POLL);\n", "\n".repeat(21))
             ),
             Vec::<String>::new()
         );
