@@ -1,12 +1,19 @@
 //! Threads are stopped, make system calls for us, and go on as if nothing had been.
 
-mod target;
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+mod programs;
 
 use std::time::Duration;
 
 use hobble_graft::remote::Borrowed;
 use hobble_graft::stop::{Deadline, StopError, Tracer};
-use target::Target;
+use programs::Target;
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(5))
@@ -14,14 +21,23 @@ fn soon() -> Deadline {
 
 #[test]
 fn a_borrowed_thread_makes_calls_and_leaves_nothing_behind() {
-    let target = Target::c("busy", r#"
+    let target = Target::c(
+        "busy",
+        r#"
         int main(void) { ready(); for (volatile unsigned long i = 0;; i++) {} }
-    "#);
+    "#,
+    );
     let before = target.fingerprint();
     for _ in 0..50 {
         let pid = Tracer::scope(|tracer| -> Result<_, hobble_graft::remote::RemoteError> {
             let mut stopped = tracer.stop_all(&[target.id()], soon())?;
-            let mut borrowed = Borrowed::open(&mut stopped, target.id(), target.pid().leader(), soon(), &mut |_| Ok(()))?;
+            let mut borrowed = Borrowed::open(
+                &mut stopped,
+                target.id(),
+                target.pid().leader(),
+                soon(),
+                &mut |_| Ok(()),
+            )?;
             let pid = borrowed.system_call(libc::SYS_getpid, [0; 6], soon())?;
             let bad = borrowed.system_call(libc::SYS_close, [9999, 0, 0, 0, 0, 0], soon())?;
             assert_eq!(bad, Err(rustix::io::Errno::BADF));

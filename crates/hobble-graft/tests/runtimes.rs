@@ -3,7 +3,14 @@
 //! Go, Java and Python programs append to a log, read their data back, and count; each ends with a check of everything it wrote. A
 //! runtime that is not installed fails the test: the machine that runs it must have `go`, `java` and `python3`.
 
-mod target;
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+mod programs;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,8 +18,8 @@ use std::time::Duration;
 
 use hobble_graft::stop::{Deadline, Tracer};
 use hobble_graft::switch::{NoHandover, Switch, SwitchFailed};
-use target::Target;
-use target::volume::{Side, Volume};
+use programs::Target;
+use programs::volume::{Side, Volume};
 
 #[derive(Debug, thiserror::Error)]
 enum Failed {
@@ -34,13 +41,24 @@ fn move_all(volume: &Volume, target: &Target, side: Side) -> Duration {
             switch.description(description.id, volume.stand_in(description, side));
         }
         for file in census.mapped_files() {
-            let access = if file.is_writable { rustix::fs::OFlags::RDWR } else { rustix::fs::OFlags::RDONLY };
-            switch.mapped_file(file.id, volume.open(&volume.relative(&file.facts), access, side));
+            let access = if file.is_writable {
+                rustix::fs::OFlags::RDWR
+            } else {
+                rustix::fs::OFlags::RDONLY
+            };
+            switch.mapped_file(
+                file.id,
+                volume.open(&volume.relative(&file.facts), access, side),
+            );
         }
         let report = switch.apply(&mut stopped, budget(), &mut Vec::new(), &mut NoHandover)?;
         assert!(report.descriptors >= 2, "{report:?}");
         let after = volume.census(&processes);
-        assert!(after.descriptions().all(|d| volume.side_of(&d.facts) == side));
+        assert!(
+            after
+                .descriptions()
+                .all(|d| volume.side_of(&d.facts) == side)
+        );
         Ok(stopped.release())
     })
     .unwrap();
@@ -51,9 +69,17 @@ fn move_all(volume: &Volume, target: &Target, side: Side) -> Duration {
 fn survives(volume: &Volume, mut target: Target) {
     let mut longest = Duration::ZERO;
     for round in 0..50 {
-        let side = if round % 2 == 0 { Side::Clone } else { Side::Native };
+        let side = if round % 2 == 0 {
+            Side::Clone
+        } else {
+            Side::Native
+        };
         longest = longest.max(move_all(volume, &target, side));
-        assert!(target.is_running(), "round {round}: state {}", target.state());
+        assert!(
+            target.is_running(),
+            "round {round}: state {}",
+            target.state()
+        );
         std::thread::sleep(Duration::from_millis(5));
     }
     target.tell("finish");
@@ -64,7 +90,12 @@ fn survives(volume: &Volume, mut target: Target) {
     assert!(records > 100, "{line}");
     let log = std::fs::read_to_string(volume.path().join("log")).unwrap();
     assert_eq!(log.lines().count(), records);
-    assert!(log.lines().enumerate().all(|(i, line)| line.parse() == Ok(i)), "the log is out of order");
+    assert!(
+        log.lines()
+            .enumerate()
+            .all(|(i, line)| line.parse() == Ok(i)),
+        "the log is out of order"
+    );
 }
 
 fn source(volume: &Volume, name: &str, text: &str) -> (tempfile::TempDir, PathBuf) {
@@ -76,8 +107,14 @@ fn source(volume: &Volume, name: &str, text: &str) -> (tempfile::TempDir, PathBu
 }
 
 fn built(mut command: Command, what: &str) {
-    let output = command.output().unwrap_or_else(|error| panic!("{what} is needed for this test: {error}"));
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("{what} is needed for this test: {error}"));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 #[test]
@@ -148,7 +185,14 @@ func main() {
     );
     let program = keep.path().join("worker");
     let mut build = Command::new("go");
-    build.arg("build").arg("-o").arg(&program).arg(&path).env("GOFLAGS", "").env("GOCACHE", cache("go")).env("GO111MODULE", "off");
+    build
+        .arg("build")
+        .arg("-o")
+        .arg(&program)
+        .arg(&path)
+        .env("GOFLAGS", "")
+        .env("GOCACHE", cache("go"))
+        .env("GO111MODULE", "off");
     built(build, "go");
     let mut command = Command::new(program);
     command.arg(volume.path());
@@ -191,7 +235,12 @@ public class Worker {
     build.arg("-d").arg(keep.path()).arg(&path);
     built(build, "javac");
     let mut command = Command::new("java");
-    command.arg("-Xmx128m").arg("-cp").arg(keep.path()).arg("Worker").arg(volume.path());
+    command
+        .arg("-Xmx128m")
+        .arg("-cp")
+        .arg(keep.path())
+        .arg("Worker")
+        .arg(volume.path());
     survives(&volume, Target::start(command));
 }
 

@@ -1,6 +1,13 @@
 //! Targets in unusual states: restartable sequences, seccomp, storms of signals, `vfork`, other tracers, the dead.
 
-mod target;
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+mod programs;
 
 use std::process::Command;
 use std::time::Duration;
@@ -8,7 +15,7 @@ use std::time::Duration;
 use hobble_graft::ids::{Pid, ProcessId};
 use hobble_graft::remote::{Borrowed, RemoteError};
 use hobble_graft::stop::{Deadline, StopError, Tracer, Waits};
-use target::Target;
+use programs::Target;
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(5))
@@ -18,8 +25,12 @@ fn borrow(target: &Target) {
     Tracer::scope(|tracer| -> Result<_, RemoteError> {
         let mut stopped = tracer.stop_all(&[target.id()], soon())?;
         let leader = target.pid().leader();
-        let mut borrowed = Borrowed::open(&mut stopped, target.id(), leader, soon(), &mut |_| Ok(()))?;
-        assert_eq!(borrowed.system_call(libc::SYS_getpid, [0; 6], soon())?, Ok(target.pid().as_raw() as u64));
+        let mut borrowed =
+            Borrowed::open(&mut stopped, target.id(), leader, soon(), &mut |_| Ok(()))?;
+        assert_eq!(
+            borrowed.system_call(libc::SYS_getpid, [0; 6], soon())?,
+            Ok(target.pid().as_raw() as u64)
+        );
         borrowed.close()?;
         stopped.release();
         Ok(())
@@ -137,14 +148,22 @@ fn filtered_targets_are_borrowed_when_that_is_safe() {
     let more = "ALLOW(SYS_rt_sigprocmask), ALLOW(SYS_close), ALLOW(SYS_munmap), ALLOW(SYS_sendto), ALLOW(SYS_recvmsg), ALLOW(SYS_dup3), ALLOW(SYS_mmap), ALLOW(SYS_mremap),
         ALLOW(SYS_mprotect), ALLOW(SYS_madvise), ALLOW(SYS_socketpair), ALLOW(SYS_setsockopt), ALLOW(SYS_fchdir), ALLOW(SYS_fcntl),";
     let filtered = Target::c("filtered", &FILTERED.replace("MORE", more));
-    filtered.until("it is filtered", |t| std::fs::read_to_string(format!("/proc/{}/status", t.pid())).unwrap().contains("Seccomp:\t2"));
+    filtered.until("it is filtered", |t| {
+        std::fs::read_to_string(format!("/proc/{}/status", t.pid()))
+            .unwrap()
+            .contains("Seccomp:\t2")
+    });
     for _ in 0..50 {
         // getpid is not allowed to the program: the filter is suspended.
         borrow(&filtered);
     }
     assert!(filtered.is_running());
     let killing = Target::c("filtered", &FILTERED.replace("MORE", ""));
-    killing.until("it is filtered", |t| std::fs::read_to_string(format!("/proc/{}/status", t.pid())).unwrap().contains("Seccomp:\t2"));
+    killing.until("it is filtered", |t| {
+        std::fs::read_to_string(format!("/proc/{}/status", t.pid()))
+            .unwrap()
+            .contains("Seccomp:\t2")
+    });
     assert_filtered(&killing);
     let mut strict = Target::c(
         "strict",
@@ -156,7 +175,11 @@ fn filtered_targets_are_borrowed_when_that_is_safe() {
         }
         "#,
     );
-    strict.until("it is strict", |t| std::fs::read_to_string(format!("/proc/{}/status", t.pid())).unwrap().contains("Seccomp:\t1"));
+    strict.until("it is strict", |t| {
+        std::fs::read_to_string(format!("/proc/{}/status", t.pid()))
+            .unwrap()
+            .contains("Seccomp:\t1")
+    });
     assert_filtered(&strict);
     strict.tell("");
     assert_eq!(strict.line(), "ok");
@@ -167,7 +190,14 @@ fn assert_filtered(target: &Target) {
     let before = target.fingerprint();
     let error = Tracer::scope(|tracer| -> Result<(), RemoteError> {
         let mut stopped = tracer.stop_all(&[target.id()], soon())?;
-        Borrowed::open(&mut stopped, target.id(), target.pid().leader(), soon(), &mut |_| Ok(())).map(drop)
+        Borrowed::open(
+            &mut stopped,
+            target.id(),
+            target.pid().leader(),
+            soon(),
+            &mut |_| Ok(()),
+        )
+        .map(drop)
     })
     .unwrap_err();
     assert!(matches!(error, RemoteError::Filtered { .. }), "{error:?}");
@@ -252,7 +282,16 @@ fn a_vfork_parent_is_held_until_its_child_execs() {
     slow.until("the child runs", |t| t.state() == 'D');
     slow.children();
     let error = stop_error(slow.id(), Duration::from_millis(100));
-    assert!(matches!(error, StopError::Unstoppable { waits: Waits::ForVforkChild, .. }), "{error:?}");
+    assert!(
+        matches!(
+            error,
+            StopError::Unstoppable {
+                waits: Waits::ForVforkChild,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
     assert_eq!(slow.line(), "ok");
     assert!(slow.is_running());
 }
@@ -278,7 +317,10 @@ fn traced_dead_and_foreign_targets_are_named() {
         ready_rx.recv().unwrap();
         let error = stop_error(target.id(), Duration::from_secs(1));
         drop(told);
-        assert!(matches!(&error, StopError::Traced { tracer, .. } if *tracer > 0), "{error:?}");
+        assert!(
+            matches!(&error, StopError::Traced { tracer, .. } if *tracer > 0),
+            "{error:?}"
+        );
     });
     target.until("it runs", Target::is_running);
 
@@ -289,8 +331,14 @@ fn traced_dead_and_foreign_targets_are_named() {
     assert!(matches!(error, StopError::Gone { .. }), "{error:?}");
     assert!(zombie.wait().unwrap().success());
 
-    let reused = ProcessId { start_time: target.id().start_time + 1, ..target.id() };
-    assert!(matches!(stop_error(reused, Duration::from_secs(1)), StopError::Gone { .. }));
+    let reused = ProcessId {
+        start_time: target.id().start_time + 1,
+        ..target.id()
+    };
+    assert!(matches!(
+        stop_error(reused, Duration::from_secs(1)),
+        StopError::Gone { .. }
+    ));
     assert!(target.is_running());
 }
 
@@ -299,11 +347,20 @@ fn a_target_that_dies_meanwhile_is_gone() {
     let target = Target::c("plain", "int main(void) { ready(); for (;;) pause(); }");
     let error = Tracer::scope(|tracer| -> Result<(), RemoteError> {
         let mut stopped = tracer.stop_all(&[target.id()], soon())?;
-        let mut borrowed = Borrowed::open(&mut stopped, target.id(), target.pid().leader(), soon(), &mut |_| Ok(()))?;
+        let mut borrowed = Borrowed::open(
+            &mut stopped,
+            target.id(),
+            target.pid().leader(),
+            soon(),
+            &mut |_| Ok(()),
+        )?;
         target.signal(libc::SIGKILL);
         let result = borrowed.system_call(libc::SYS_getpid, [0; 6], soon());
         let error = result.err().unwrap();
-        assert!(matches!(borrowed.close(), Ok(()) | Err(RemoteError::Gone { .. })));
+        assert!(matches!(
+            borrowed.close(),
+            Ok(()) | Err(RemoteError::Gone { .. })
+        ));
         let released = stopped.release();
         assert_eq!(released.gone, [target.pid()]);
         Err(error)
@@ -326,15 +383,18 @@ fn threads_that_come_and_go_are_all_stopped() {
         Tracer::scope(|tracer| -> Result<_, StopError> {
             let stopped = tracer.stop_all(&[target.id()], soon())?;
             let listed = || -> Vec<String> {
-                let mut all: Vec<String> = std::fs::read_dir(format!("/proc/{}/task", target.pid()))
-                    .unwrap()
-                    .filter_map(|e| {
-                        let path = e.unwrap().path().join("stat");
-                        let stat = std::fs::read_to_string(path).ok()?;
-                        let (name, rest) = stat.rsplit_once(") ")?;
-                        (!rest.starts_with(['Z', 'X'])).then(|| format!("{} {}", name.split(' ').next().unwrap(), &rest[..1]))
-                    })
-                    .collect();
+                let mut all: Vec<String> =
+                    std::fs::read_dir(format!("/proc/{}/task", target.pid()))
+                        .unwrap()
+                        .filter_map(|e| {
+                            let path = e.unwrap().path().join("stat");
+                            let stat = std::fs::read_to_string(path).ok()?;
+                            let (name, rest) = stat.rsplit_once(") ")?;
+                            (!rest.starts_with(['Z', 'X'])).then(|| {
+                                format!("{} {}", name.split(' ').next().unwrap(), &rest[..1])
+                            })
+                        })
+                        .collect();
                 all.sort();
                 all
             };
@@ -348,4 +408,85 @@ fn threads_that_come_and_go_are_all_stopped() {
         .unwrap();
     }
     assert!(target.is_running());
+}
+
+#[test]
+fn a_stop_signal_that_comes_meanwhile_takes_effect_afterwards() {
+    let target = Target::c("plain", "int main(void) { ready(); for (;;) pause(); }");
+    for with_continue in [false, true] {
+        Tracer::scope(|tracer| -> Result<(), RemoteError> {
+            let mut stopped = tracer.stop_all(&[target.id()], soon())?;
+            let leader = target.pid().leader();
+            let mut borrowed =
+                Borrowed::open(&mut stopped, target.id(), leader, soon(), &mut |_| Ok(()))?;
+            target.signal(libc::SIGSTOP);
+            for _ in 0..20 {
+                borrowed
+                    .system_call(libc::SYS_getpid, [0; 6], soon())?
+                    .unwrap();
+            }
+            if with_continue {
+                target.signal(libc::SIGCONT);
+            }
+            borrowed.close()?;
+            stopped.release();
+            Ok(())
+        })
+        .unwrap();
+        if with_continue {
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(target.is_running(), "state {}", target.state());
+        } else {
+            target.until("it is stopped", |t| t.state() == 'T');
+            target.signal(libc::SIGCONT);
+            target.until("it runs", Target::is_running);
+        }
+    }
+}
+
+#[test]
+fn a_borrow_that_fails_half_way_leaves_nothing() {
+    let target = Target::c(
+        "no-descriptors",
+        r#"
+        #include <sys/resource.h>
+        int main(void) {
+            struct rlimit r = { 16, 16 }; check(setrlimit(RLIMIT_NOFILE, &r) == 0);
+            while (dup(0) >= 0) {}
+            ready();
+            for (;;) pause();
+        }
+        "#,
+    );
+    target.until("it waits", |t| t.state() == 'S');
+    let before = target.fingerprint();
+    let error = Tracer::scope(|tracer| -> Result<(), RemoteError> {
+        let mut stopped = tracer.stop_all(&[target.id()], soon())?;
+        let leader = target.pid().leader();
+        Borrowed::open(&mut stopped, target.id(), leader, soon(), &mut |_| Ok(())).map(drop)
+    })
+    .unwrap_err();
+    assert!(
+        matches!(
+            error,
+            RemoteError::Call {
+                call: "socketpair",
+                errno: rustix::io::Errno::MFILE,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    assert_eq!(target.fingerprint(), before);
+    assert!(target.is_running());
+    // A record that cannot be kept prevents everything.
+    let error = Tracer::scope(|tracer| -> Result<(), RemoteError> {
+        let mut stopped = tracer.stop_all(&[target.id()], soon())?;
+        let leader = target.pid().leader();
+        let mut full = |_: &_| Err(std::io::ErrorKind::StorageFull.into());
+        Borrowed::open(&mut stopped, target.id(), leader, soon(), &mut full).map(drop)
+    })
+    .unwrap_err();
+    assert!(matches!(error, RemoteError::Record { .. }), "{error:?}");
+    assert_eq!(target.fingerprint(), before);
 }

@@ -1,6 +1,13 @@
 //! What processes hold is exchanged, all of it, in one stop.
 
-mod target;
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+mod programs;
 
 use std::process::Command;
 use std::time::Duration;
@@ -9,8 +16,8 @@ use hobble_graft::census::Census;
 use hobble_graft::ids::ProcessId;
 use hobble_graft::stop::{Deadline, Tracer};
 use hobble_graft::switch::{NoHandover, Report, Step, Switch, SwitchFailed};
-use target::Target;
-use target::volume::{Side, Volume};
+use programs::Target;
+use programs::volume::{Side, Volume};
 
 #[derive(Debug, thiserror::Error)]
 enum Failed {
@@ -31,12 +38,23 @@ fn switch<'c>(volume: &Volume, census: &'c Census, side: Side) -> Switch<'c> {
         switch.description(description.id, volume.stand_in(description, side));
     }
     for file in census.mapped_files() {
-        let access = if file.is_writable { rustix::fs::OFlags::RDWR } else { rustix::fs::OFlags::RDONLY };
-        switch.mapped_file(file.id, volume.open(&volume.relative(&file.facts), access, side));
+        let access = if file.is_writable {
+            rustix::fs::OFlags::RDWR
+        } else {
+            rustix::fs::OFlags::RDONLY
+        };
+        switch.mapped_file(
+            file.id,
+            volume.open(&volume.relative(&file.facts), access, side),
+        );
     }
     for fs in census.fs_structs() {
         let open = |d: &hobble_graft::census::Directory| {
-            volume.open(&volume.relative(&d.facts), rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY, side)
+            volume.open(
+                &volume.relative(&d.facts),
+                rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY,
+                side,
+            )
         };
         if let Some(cwd) = &fs.cwd {
             switch.working_directory(fs.id, open(cwd));
@@ -65,14 +83,24 @@ fn move_all(volume: &Volume, processes: &[ProcessId], side: Side) -> (Report, Du
     assert_eq!(report.not_moved, []);
     let after = volume.census(processes);
     for description in after.descriptions() {
-        assert_eq!(volume.side_of(&description.facts), side, "{:?}", description.facts);
+        assert_eq!(
+            volume.side_of(&description.facts),
+            side,
+            "{:?}",
+            description.facts
+        );
     }
     for file in after.mapped_files() {
         assert_eq!(volume.side_of(&file.facts), side, "{:?}", file.facts);
     }
     for fs in after.fs_structs() {
         for directory in fs.cwd.iter().chain(&fs.root) {
-            assert_eq!(volume.side_of(&directory.facts), side, "{:?}", directory.facts);
+            assert_eq!(
+                volume.side_of(&directory.facts),
+                side,
+                "{:?}",
+                directory.facts
+            );
         }
     }
     (report, released.stood_still)
@@ -125,7 +153,11 @@ fn descriptors_move_there_and_back_in_one_stop() {
         let expected = count + usize::from(count > 1);
         let mut stops = Vec::new();
         for round in 0..6 {
-            let side = if round % 2 == 0 { Side::Clone } else { Side::Native };
+            let side = if round % 2 == 0 {
+                Side::Clone
+            } else {
+                Side::Native
+            };
             let (report, stood_still) = move_all(&volume, &[target.id()], side);
             assert_eq!((report.descriptions, report.descriptors), (count, expected));
             target.tell("check");
@@ -134,7 +166,12 @@ fn descriptors_move_there_and_back_in_one_stop() {
         }
         assert_eq!(target.fingerprint(), before);
         stops.sort();
-        eprintln!("{count} descriptors: stood still {:?} (median), {:?} to {:?}", stops[stops.len() / 2], stops[0], stops[stops.len() - 1]);
+        eprintln!(
+            "{count} descriptors: stood still {:?} (median), {:?} to {:?}",
+            stops[stops.len() / 2],
+            stops[0],
+            stops[stops.len() - 1]
+        );
     }
 }
 
@@ -176,7 +213,11 @@ fn processes_that_share_a_position_go_on_sharing_it() {
     processes.push(target.id());
     assert_eq!(processes.len(), 4);
     for round in 0..10 {
-        let side = if round % 2 == 0 { Side::Clone } else { Side::Native };
+        let side = if round % 2 == 0 {
+            Side::Clone
+        } else {
+            Side::Native
+        };
         let (report, _) = move_all(&volume, &processes, side);
         assert_eq!((report.descriptions, report.descriptors), (4, 7));
         target.tell("check");
@@ -224,9 +265,16 @@ fn threads_with_tables_and_directories_of_their_own() {
         &[path.as_os_str(), volume.path().as_os_str()],
     );
     for round in 0..10 {
-        let side = if round % 2 == 0 { Side::Clone } else { Side::Native };
+        let side = if round % 2 == 0 {
+            Side::Clone
+        } else {
+            Side::Native
+        };
         let (report, _) = move_all(&volume, &[target.id()], side);
-        assert_eq!((report.descriptions, report.descriptors, report.directories), (2, 2, 1));
+        assert_eq!(
+            (report.descriptions, report.descriptors, report.directories),
+            (2, 2, 1)
+        );
         target.tell("check");
         assert_eq!(target.line(), "ok");
     }
@@ -254,7 +302,11 @@ fn working_and_root_directory() {
         &[volume.path().as_os_str()],
     );
     for round in 0..6 {
-        let side = if round % 2 == 0 { Side::Clone } else { Side::Native };
+        let side = if round % 2 == 0 {
+            Side::Clone
+        } else {
+            Side::Native
+        };
         let (report, _) = move_all(&volume, &[target.id()], side);
         assert_eq!(report.directories, 2);
         target.tell("check");
@@ -323,15 +375,28 @@ fn mappings_keep_content_protection_and_flags() {
     let before = flags(&target);
     assert!(before.len() > 10, "{before:?}");
     for round in 0..50_u8 {
-        let side = if round % 2 == 0 { Side::Clone } else { Side::Native };
+        let side = if round % 2 == 0 {
+            Side::Clone
+        } else {
+            Side::Native
+        };
         let (report, _) = move_all(&volume, &[target.id()], side);
-        assert!(report.mappings > 8 && report.bytes_copied >= 22 * 4096, "{report:?}");
+        assert!(
+            report.mappings > 8 && report.bytes_copied >= 22 * 4096,
+            "{report:?}"
+        );
         assert_eq!(flags(&target), before);
         target.tell("check");
         assert_eq!(target.line(), "ok");
         let bytes = std::fs::read(&path).unwrap();
-        assert!(bytes[64 * 4096..128 * 4096].iter().all(|b| *b == round + 1), "the shared mapping shows another file");
-        assert!(bytes[..64 * 4096].iter().all(|b| *b == 9), "private pages were written to the file");
+        assert!(
+            bytes[64 * 4096..128 * 4096].iter().all(|b| *b == round + 1),
+            "the shared mapping shows another file"
+        );
+        assert!(
+            bytes[..64 * 4096].iter().all(|b| *b == 9),
+            "private pages were written to the file"
+        );
     }
 }
 
@@ -352,8 +417,9 @@ impl hobble_graft::switch::StepLog for FailsAt {
 fn whatever_fails_is_rolled_back() {
     let volume = Volume::new();
     let path = volume.file("data", &content(8192));
-    let mut targets: Vec<Target> =
-        (0..2).map(|_| Target::c_with("many", MANY, &[path.as_os_str(), "300".as_ref()])).collect();
+    let mut targets: Vec<Target> = (0..2)
+        .map(|_| Target::c_with("many", MANY, &[path.as_os_str(), "300".as_ref()]))
+        .collect();
     let processes: Vec<ProcessId> = targets.iter().map(Target::id).collect();
     let before: Vec<String> = targets.iter().map(Target::fingerprint).collect();
     let mut failures = 0;
@@ -424,7 +490,11 @@ fn a_nearly_full_table_and_a_full_one() {
         }
     "#;
     for (hard, leave) in [("0", "3"), ("0", "4"), ("0", "10"), ("1", "0"), ("1", "1")] {
-        let mut target = Target::c_with("full", program, &[path.as_os_str(), hard.as_ref(), leave.as_ref()]);
+        let mut target = Target::c_with(
+            "full",
+            program,
+            &[path.as_os_str(), hard.as_ref(), leave.as_ref()],
+        );
         for side in [Side::Clone, Side::Native] {
             move_all(&volume, &[target.id()], side);
             target.tell("check");
@@ -432,16 +502,28 @@ fn a_nearly_full_table_and_a_full_one() {
         }
     }
     for leave in ["0", "1", "2"] {
-        let mut target = Target::c_with("full", program, &[path.as_os_str(), "0".as_ref(), leave.as_ref()]);
+        let mut target = Target::c_with(
+            "full",
+            program,
+            &[path.as_os_str(), "0".as_ref(), leave.as_ref()],
+        );
         let before = target.fingerprint();
         let census = volume.census(&[target.id()]);
         let switch = switch(&volume, &census, Side::Clone);
         let failed = Tracer::scope(|tracer| -> Result<_, Failed> {
             let mut stopped = tracer.stop_all(&[target.id()], budget())?;
-            Ok(switch.apply(&mut stopped, budget(), &mut Vec::new(), &mut NoHandover).unwrap_err())
+            Ok(switch
+                .apply(&mut stopped, budget(), &mut Vec::new(), &mut NoHandover)
+                .unwrap_err())
         })
         .unwrap();
-        assert!(matches!(failed.error, hobble_graft::switch::SwitchError::TableFull { hard: 64, .. }), "{failed:?}");
+        assert!(
+            matches!(
+                failed.error,
+                hobble_graft::switch::SwitchError::TableFull { hard: 64, .. }
+            ),
+            "{failed:?}"
+        );
         assert!(failed.rolled_back);
         assert_eq!(target.fingerprint(), before);
         target.tell("check");
@@ -470,15 +552,27 @@ impl Keeper {
 }
 
 impl hobble_graft::switch::LockHandover for Keeper {
-    fn before(&mut self, locks: &[hobble_graft::switch::MovedLock], _: hobble_graft::switch::Way) -> std::io::Result<()> {
+    fn before(
+        &mut self,
+        locks: &[hobble_graft::switch::MovedLock],
+        _: hobble_graft::switch::Way,
+    ) -> std::io::Result<()> {
         assert_eq!(locks.len(), 2);
         self.calls += 1;
         // The descriptor is shared with the helper, and so is the lock.
-        assert_eq!(self.set(libc::F_RDLCK), 0, "the target's write lock was not weakened");
+        assert_eq!(
+            self.set(libc::F_RDLCK),
+            0,
+            "the target's write lock was not weakened"
+        );
         Ok(())
     }
 
-    fn after(&mut self, _: &[hobble_graft::switch::MovedLock], _: hobble_graft::switch::Way) -> std::io::Result<()> {
+    fn after(
+        &mut self,
+        _: &[hobble_graft::switch::MovedLock],
+        _: hobble_graft::switch::Way,
+    ) -> std::io::Result<()> {
         assert_eq!(self.set(libc::F_UNLCK), 0);
         Ok(())
     }
@@ -506,7 +600,12 @@ fn posix_locks_are_taken_again() {
         let mut ours: Vec<String> = all
             .lines()
             .filter(|l| l.contains(&format!(" {} ", target.pid())))
-            .map(|l| l.split_ascii_whitespace().skip(1).collect::<Vec<_>>().join(" "))
+            .map(|l| {
+                l.split_ascii_whitespace()
+                    .skip(1)
+                    .collect::<Vec<_>>()
+                    .join(" ")
+            })
             .collect();
         ours.sort();
         ours
@@ -514,10 +613,21 @@ fn posix_locks_are_taken_again() {
     let before = locks();
     assert_eq!(before.len(), 2, "{before:?}");
     for round in 0..6 {
-        let side = if round % 2 == 0 { Side::Clone } else { Side::Native };
+        let side = if round % 2 == 0 {
+            Side::Clone
+        } else {
+            Side::Native
+        };
         let census = volume.census(&[target.id()]);
         let switch = switch(&volume, &census, side);
-        let mut keeper = Keeper { file: std::fs::File::options().read(true).write(true).open(&path).unwrap(), calls: 0 };
+        let mut keeper = Keeper {
+            file: std::fs::File::options()
+                .read(true)
+                .write(true)
+                .open(&path)
+                .unwrap(),
+            calls: 0,
+        };
         let report = Tracer::scope(|tracer| -> Result<_, Failed> {
             let mut stopped = tracer.stop_all(&[target.id()], budget())?;
             Ok(switch.apply(&mut stopped, budget(), &mut Vec::new(), &mut keeper)?)

@@ -2,7 +2,7 @@
 //! call is told from its registers.
 //!
 //! Owns everything that knows an instruction or a register name; the rest of the crate sees the same five things on every
-//! processor: [`Registers`], [`Image`], [`Entry`], [`dead_path`] and [`restarts_after_stop`]. Invariant: nothing here ever
+//! processor: `Registers`, `Image`, `dead_path`, `restarts_after_stop` and `AUDIT_ARCHITECTURE`. Invariant: nothing here ever
 //! writes a trap into a target, so that a thread whose tracer has died runs on to code of its own.
 
 #[cfg(target_arch = "x86_64")]

@@ -4,30 +4,44 @@
 //! to make before it is done. Owns the evaluation of classic BPF as kernel/seccomp.c runs it. Invariant: a target is borrowed only if none of
 //! these calls would kill it, trap, or wait for somebody, and the one that unblocks its signals is allowed.
 
+use super::RemoteError;
+use crate::arch;
+use crate::ids::Tid;
+use crate::proc::status::Seccomp;
+use crate::stop::sys as ptrace;
+
 /// One instruction, `struct sock_filter` of include/uapi/linux/filter.h.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Instruction {
-    pub(crate) code: u16,
-    pub(crate) if_true: u8,
-    pub(crate) if_false: u8,
-    pub(crate) constant: u32,
+struct Instruction {
+    code: u16,
+    if_true: u8,
+    if_false: u8,
+    constant: u32,
 }
 
 impl From<u64> for Instruction {
     fn from(word: u64) -> Self {
         let [c0, c1, if_true, if_false, k0, k1, k2, k3] = word.to_ne_bytes();
-        let (code, constant) = (u16::from_ne_bytes([c0, c1]), u32::from_ne_bytes([k0, k1, k2, k3]));
-        Self { code, if_true, if_false, constant }
+        let (code, constant) = (
+            u16::from_ne_bytes([c0, c1]),
+            u32::from_ne_bytes([k0, k1, k2, k3]),
+        );
+        Self {
+            code,
+            if_true,
+            if_false,
+            constant,
+        }
     }
 }
 
 /// What a filter sees of a call, `struct seccomp_data`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Seen {
-    pub(crate) number: u32,
-    pub(crate) architecture: u32,
-    pub(crate) ip: u64,
-    pub(crate) arguments: [u64; 6],
+struct Seen {
+    number: u32,
+    architecture: u32,
+    ip: u64,
+    arguments: [u64; 6],
 }
 
 const RET_ACTION: u32 = 0xffff_0000;
@@ -37,7 +51,7 @@ const RET_ALLOW: u32 = 0x7fff_0000;
 
 /// How a call would fare.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Verdict {
+enum Verdict {
     /// It is made.
     Allowed,
     /// It returns an error.
@@ -49,7 +63,13 @@ pub(crate) enum Verdict {
 impl Seen {
     /// The 32-bit word at an offset (seccomp loads nothing else).
     fn word(&self, offset: u32) -> Option<u32> {
-        let half = |value: u64, high: bool| if high { (value >> 32) as u32 } else { value as u32 };
+        let half = |value: u64, high: bool| {
+            if high {
+                (value >> 32) as u32
+            } else {
+                value as u32
+            }
+        };
         match offset {
             0 => Some(self.number),
             4 => Some(self.architecture),
@@ -125,9 +145,19 @@ fn run(program: &[Instruction], seen: &Seen) -> Option<u32> {
                     0x40 => a & operand != 0,
                     _ => return None,
                 };
-                at += usize::from(if holds { instruction.if_true } else { instruction.if_false });
+                at += usize::from(if holds {
+                    instruction.if_true
+                } else {
+                    instruction.if_false
+                });
             }
-            0x06 => return Some(if instruction.code & 0x18 == 0x10 { a } else { k }),
+            0x06 => {
+                return Some(if instruction.code & 0x18 == 0x10 {
+                    a
+                } else {
+                    k
+                });
+            }
             _ if instruction.code & 0xf8 == 0x80 => a = x,
             _ => x = a,
         }
@@ -135,16 +165,79 @@ fn run(program: &[Instruction], seen: &Seen) -> Option<u32> {
 }
 
 /// What all filters of a thread together make of a call: the strictest counts.
-pub(crate) fn verdict(filters: &[Vec<Instruction>], seen: &Seen) -> Verdict {
+fn verdict(filters: &[Vec<Instruction>], seen: &Seen) -> Verdict {
     filters
         .iter()
-        .map(|program| match run(program, seen).map(|value| value & RET_ACTION) {
-            Some(RET_ALLOW | RET_LOG) => Verdict::Allowed,
-            Some(RET_ERRNO) => Verdict::Error,
-            _ => Verdict::Harmful,
-        })
+        .map(
+            |program| match run(program, seen).map(|value| value & RET_ACTION) {
+                Some(RET_ALLOW | RET_LOG) => Verdict::Allowed,
+                Some(RET_ERRNO) => Verdict::Error,
+                _ => Verdict::Harmful,
+            },
+        )
         .max()
         .unwrap_or(Verdict::Allowed)
+}
+
+/// Calls that the code in the target makes, or may be in the middle of, when the tracer dies. The first must be allowed; an error of the others
+/// does no harm.
+const CALLS_WITHOUT_US: &[i64] = &[
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_read,
+    libc::SYS_close,
+    libc::SYS_munmap,
+    libc::SYS_sendto,
+    libc::SYS_recvmsg,
+    libc::SYS_dup3,
+    libc::SYS_mmap,
+    libc::SYS_mremap,
+    libc::SYS_mprotect,
+    libc::SYS_madvise,
+    libc::SYS_socketpair,
+    libc::SYS_setsockopt,
+    libc::SYS_fchdir,
+    libc::SYS_fcntl,
+];
+
+/// Refuses threads that their own filters would kill for finishing without us.
+pub(super) fn check(tid: Tid, seccomp: Seccomp) -> Result<(), RemoteError> {
+    match seccomp {
+        Seccomp::Disabled => return Ok(()),
+        Seccomp::Strict => {
+            return Err(RemoteError::Filtered {
+                tid,
+                call: libc::SYS_close,
+            });
+        }
+        Seccomp::Filter => {}
+    }
+    let mut filters: Vec<Vec<Instruction>> = Vec::new();
+    loop {
+        match ptrace::seccomp_filter(tid, filters.len()) {
+            Ok(Some(words)) => filters.push(words.into_iter().map(Into::into).collect()),
+            Ok(None) => break,
+            // Refused (we are filtered ourselves), or not built in: nothing is known of the filter.
+            Err(_) => return Err(RemoteError::Filtered { tid, call: -1 }),
+        }
+    }
+    for call in CALLS_WITHOUT_US {
+        let number = u32::try_from(*call).unwrap_or(u32::MAX);
+        let seen = Seen {
+            number,
+            architecture: arch::AUDIT_ARCHITECTURE,
+            ip: 0,
+            arguments: [0; 6],
+        };
+        let worst = if *call == libc::SYS_rt_sigprocmask {
+            Verdict::Allowed
+        } else {
+            Verdict::Error
+        };
+        if verdict(&filters, &seen) > worst {
+            return Err(RemoteError::Filtered { tid, call: *call });
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -152,17 +245,37 @@ mod tests {
     use super::*;
 
     fn op(code: u16, constant: u32, if_true: u8, if_false: u8) -> Instruction {
-        Instruction { code, if_true, if_false, constant }
+        Instruction {
+            code,
+            if_true,
+            if_false,
+            constant,
+        }
     }
 
     fn call(number: u32) -> Seen {
-        Seen { number, architecture: 0xc000_003e, ip: 0x1_0000_0002, arguments: [7 << 32 | 5, 0, 0, 0, 0, 0] }
+        Seen {
+            number,
+            architecture: 0xc000_003e,
+            ip: 0x1_0000_0002,
+            arguments: [7 << 32 | 5, 0, 0, 0, 0, 0],
+        }
     }
 
     #[test]
     fn the_strictest_filter_counts() {
-        let kill_close = vec![op(0x20, 0, 0, 0), op(0x15, 3, 0, 1), op(0x06, 0, 0, 0), op(0x06, RET_ALLOW, 0, 0)];
-        let error_read = vec![op(0x20, 0, 0, 0), op(0x15, 0, 0, 1), op(0x06, RET_ERRNO | 1, 0, 0), op(0x06, RET_LOG, 0, 0)];
+        let kill_close = vec![
+            op(0x20, 0, 0, 0),
+            op(0x15, 3, 0, 1),
+            op(0x06, 0, 0, 0),
+            op(0x06, RET_ALLOW, 0, 0),
+        ];
+        let error_read = vec![
+            op(0x20, 0, 0, 0),
+            op(0x15, 0, 0, 1),
+            op(0x06, RET_ERRNO | 1, 0, 0),
+            op(0x06, RET_LOG, 0, 0),
+        ];
         let both = [kill_close, error_read];
         assert_eq!(verdict(&both, &call(3)), Verdict::Harmful);
         assert_eq!(verdict(&both, &call(0)), Verdict::Error);
@@ -174,18 +287,42 @@ mod tests {
     fn loads_arithmetic_and_memory() {
         // (low(arg0) + high(arg0)) * 2 - high(ip) == 23, through memory and both registers.
         let program = vec![
-            op(0x20, 16, 0, 0), op(0x02, 3, 0, 0), op(0x20, 20, 0, 0), op(0x61, 3, 0, 0), op(0x0c, 0, 0, 0), op(0x24, 2, 0, 0),
-            op(0x07, 0, 0, 0), op(0x20, 12, 0, 0), op(0x02, 0, 0, 0), op(0x87, 0, 0, 0), op(0x61, 0, 0, 0), op(0x1c, 0, 0, 0),
-            op(0x15, 23, 0, 1), op(0x06, RET_ALLOW, 0, 0), op(0x06, 0, 0, 0),
+            op(0x20, 16, 0, 0),
+            op(0x02, 3, 0, 0),
+            op(0x20, 20, 0, 0),
+            op(0x61, 3, 0, 0),
+            op(0x0c, 0, 0, 0),
+            op(0x24, 2, 0, 0),
+            op(0x07, 0, 0, 0),
+            op(0x20, 12, 0, 0),
+            op(0x02, 0, 0, 0),
+            op(0x87, 0, 0, 0),
+            op(0x61, 0, 0, 0),
+            op(0x1c, 0, 0, 0),
+            op(0x15, 23, 0, 1),
+            op(0x06, RET_ALLOW, 0, 0),
+            op(0x06, 0, 0, 0),
         ];
         assert_eq!(run(&program, &call(0)), Some(RET_ALLOW));
-        assert_eq!(run(&[op(0x05, 1, 0, 0), op(0x06, 1, 0, 0), op(0x06, 2, 0, 0)], &call(0)), Some(2));
+        assert_eq!(
+            run(
+                &[op(0x05, 1, 0, 0), op(0x06, 1, 0, 0), op(0x06, 2, 0, 0)],
+                &call(0)
+            ),
+            Some(2)
+        );
         assert_eq!(run(&[op(0x34, 0, 0, 0)], &call(0)), Some(0));
     }
 
     #[test]
     fn programs_the_kernel_would_refuse_count_as_harmful() {
-        for bad in [vec![], vec![op(0x20, 2, 0, 0)], vec![op(0x20, 64, 0, 0)], vec![op(0x60, 16, 0, 0)], vec![op(0xff, 0, 0, 0)]] {
+        for bad in [
+            vec![],
+            vec![op(0x20, 2, 0, 0)],
+            vec![op(0x20, 64, 0, 0)],
+            vec![op(0x60, 16, 0, 0)],
+            vec![op(0xff, 0, 0, 0)],
+        ] {
             assert_eq!(verdict(&[bad], &call(0)), Verdict::Harmful);
         }
     }

@@ -31,36 +31,60 @@ fn errno(error: &std::io::Error) -> Errno {
 impl Memory {
     /// Through a thread that stands still.
     pub(crate) fn new(pid: Pid, tid: Tid) -> Self {
-        Self { pid, tid, file: None }
+        Self {
+            pid,
+            tid,
+            file: None,
+        }
     }
 
     fn file(&mut self) -> Result<&File, Errno> {
         if self.file.is_none() {
             let path = PathBuf::from(format!("/proc/{}/task/{}/mem", self.pid, self.tid));
-            let file = File::options().read(true).write(true).open(path).map_err(|e| errno(&e))?;
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .open(path)
+                .map_err(|e| errno(&e))?;
             self.file = Some(file);
         }
         self.file.as_ref().ok_or(Errno::BADF)
     }
 
     fn error(&self, address: u64, errno: Errno) -> RemoteError {
-        if errno == Errno::SRCH { RemoteError::Gone { pid: self.pid } } else { RemoteError::Memory { pid: self.pid, address, errno } }
+        if errno == Errno::SRCH {
+            RemoteError::Gone { pid: self.pid }
+        } else {
+            RemoteError::Memory {
+                pid: self.pid,
+                address,
+                errno,
+            }
+        }
     }
 
     /// Fills `bytes` from `address`.
     pub(crate) fn read(&mut self, address: u64, bytes: &mut [u8]) -> Result<(), RemoteError> {
-        let remote = [RemoteIoVec { base: address as usize, len: bytes.len() }];
+        let remote = [RemoteIoVec {
+            base: address as usize,
+            len: bytes.len(),
+        }];
         let pid = nix::unistd::Pid::from_raw(self.tid.as_raw());
         if process_vm_readv(pid, &mut [IoSliceMut::new(bytes)], &remote) == Ok(bytes.len()) {
             return Ok(());
         }
-        let result = self.file().and_then(|file| file.read_exact_at(bytes, address).map_err(|e| errno(&e)));
+        let result = self
+            .file()
+            .and_then(|file| file.read_exact_at(bytes, address).map_err(|e| errno(&e)));
         result.map_err(|errno| self.error(address, errno))
     }
 
     /// Writes to memory that the program itself may write.
     pub(crate) fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), RemoteError> {
-        let remote = [RemoteIoVec { base: address as usize, len: bytes.len() }];
+        let remote = [RemoteIoVec {
+            base: address as usize,
+            len: bytes.len(),
+        }];
         let pid = nix::unistd::Pid::from_raw(self.tid.as_raw());
         if process_vm_writev(pid, &[IoSlice::new(bytes)], &remote) == Ok(bytes.len()) {
             return Ok(());
@@ -70,11 +94,14 @@ impl Memory {
 
     /// Writes whatever the protection of the page: a private mapping gets a page of its own (`FOLL_FORCE`, mm/gup.c).
     pub(crate) fn force(&mut self, address: u64, bytes: &[u8]) -> Result<(), RemoteError> {
-        let written = self.file().and_then(|file| file.write_all_at(bytes, address).map_err(|e| errno(&e)));
+        let written = self
+            .file()
+            .and_then(|file| file.write_all_at(bytes, address).map_err(|e| errno(&e)));
         if written.is_ok() {
             return Ok(());
         }
-        self.poke(address, bytes).map_err(|errno| self.error(address, errno))
+        self.poke(address, bytes)
+            .map_err(|errno| self.error(address, errno))
     }
 
     /// Word by word; a last partial word keeps the bytes behind it.

@@ -18,6 +18,8 @@
 //! stop at all. End of file or two seconds without a word mean that we have died (the time-out is needed: another process
 //! may share our descriptor table and keep our end of the socket open).
 
+mod call;
+mod error;
 mod filter;
 mod memory;
 mod place;
@@ -31,15 +33,19 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
+pub(crate) use call::{Call, Cell};
+pub use error::RemoteError;
 pub(crate) use memory::Memory;
 pub use residue::{Cleaned, Residue, clean};
 
-use crate::arch::{self, CELL_1, CLEAR_CELL, ENTRY_SIZE, Ending, Entry, Image, NOT_RUN, Registers, STOP_ON_ERROR};
+use call::decode;
+use error::refused;
+
+use crate::arch::{self, ENTRY_SIZE, Ending, Image, Registers, STOP_ON_ERROR};
 use crate::ids::{Fd, Pid, ProcessId, Tid};
-use crate::proc::ProcError;
 use crate::proc::status::{self, Seccomp};
 use crate::stop::sys::{self as ptrace, Waited};
-use crate::stop::{Deadline, Patience, Standing, StopError, Stopped};
+use crate::stop::{Deadline, Patience, Standing, Stopped};
 
 /// Layout of the scratch mapping. The header's fields up to [`PEER`] are known to the code in the target.
 const PROGRESS: u64 = 8;
@@ -78,199 +84,6 @@ const GIVE_BACK: Duration = Duration::from_millis(500);
 
 /// `MAP_FIXED_NOREPLACE`; older kernels than 4.17 take it for a hint.
 const MAP_FIXED_NOREPLACE: u64 = 0x10_0000;
-
-/// Why a system call could not be made in a target. The calls' own errors are not among them.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum RemoteError {
-    /// The process has exited or was killed.
-    #[error("process {pid} is gone")]
-    Gone {
-        /// The process.
-        pid: Pid,
-    },
-    /// The thread is not among those that stand still.
-    #[error("thread {tid} does not stand still")]
-    NotStill {
-        /// The thread.
-        tid: Tid,
-    },
-    /// Nowhere to put our code or memory.
-    #[error("no {what} in process {pid}")]
-    NoRoom {
-        /// The process.
-        pid: Pid,
-        /// What was looked for.
-        what: &'static str,
-    },
-    /// The kernel refused a request of ours.
-    #[error("cannot {what} in process {pid}")]
-    Refused {
-        /// The process.
-        pid: Pid,
-        /// What was asked for.
-        what: &'static str,
-        /// The kernel's reason.
-        #[source]
-        errno: Errno,
-    },
-    /// A call that prepares the borrow failed in the target.
-    #[error("{call} failed in process {pid}")]
-    Call {
-        /// The process.
-        pid: Pid,
-        /// The system call.
-        call: &'static str,
-        /// Its error.
-        #[source]
-        errno: Errno,
-    },
-    /// Memory of the target could not be read or written.
-    #[error("cannot reach memory of process {pid} at {address:#x}")]
-    Memory {
-        /// The process.
-        pid: Pid,
-        /// The address.
-        address: u64,
-        /// The kernel's reason.
-        #[source]
-        errno: Errno,
-    },
-    /// The mappings of the process could not be read.
-    #[error("cannot look at process {pid}")]
-    Inspect {
-        /// The process.
-        pid: Pid,
-        /// What failed.
-        #[source]
-        source: ProcError,
-    },
-    /// The budget is used up.
-    #[error("a call in thread {tid} did not end in time")]
-    Late {
-        /// The thread.
-        tid: Tid,
-    },
-    /// The thread is not where we left it: it took us for dead and went on.
-    #[error("thread {tid} has taken its tracer for dead and gone on by itself")]
-    Lost {
-        /// The thread.
-        tid: Tid,
-    },
-    /// Our code in the target raised a signal.
-    #[error("code run in thread {tid} raised signal {signal}")]
-    Fault {
-        /// The thread.
-        tid: Tid,
-        /// The signal.
-        signal: i32,
-    },
-    /// A seccomp filter would kill the target if we died while it works for us.
-    #[error("the seccomp filter of thread {tid} would not let it make system call {call} if its tracer died")]
-    Filtered {
-        /// The thread.
-        tid: Tid,
-        /// The number of the system call.
-        call: i64,
-    },
-    /// A received message did not hold all descriptors.
-    #[error("process {pid} received {got} of {sent} descriptors")]
-    Truncated {
-        /// The process.
-        pid: Pid,
-        /// How many were sent.
-        sent: usize,
-        /// How many arrived.
-        got: usize,
-    },
-    /// The journal did not take the record of what would be left behind; nothing was done.
-    #[error("cannot record what would be left in process {pid}")]
-    Record {
-        /// The process.
-        pid: Pid,
-        /// The journal's reason.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The process could not be stopped for cleaning.
-    #[error("cannot stop the process to clean it")]
-    Stop(#[from] StopError),
-    /// A thread is still inside code of a dead tracer.
-    #[error("a thread of process {pid} is still inside code of a dead tracer")]
-    StillInside {
-        /// The process.
-        pid: Pid,
-    },
-    /// A record of what was left behind does not look like one of ours.
-    #[error("the record of what was left behind has a bad {field}")]
-    BadResidue {
-        /// The field.
-        field: &'static str,
-    },
-}
-
-/// One system call to be made by a borrowed thread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Call(Entry);
-
-impl Call {
-    /// A call with plain arguments, the rest 0.
-    pub(crate) fn new(number: i64, arguments: &[u64]) -> Self {
-        let mut all = [0; 6];
-        for (slot, argument) in all.iter_mut().zip(arguments) {
-            *slot = *argument;
-        }
-        let number = u32::try_from(number).unwrap_or(u32::MAX);
-        Self(Entry { number, flags: 0, arguments: all, result: NOT_RUN })
-    }
-
-    /// The first argument is a received descriptor.
-    pub(crate) fn first_is(mut self, cell: Cell) -> Self {
-        let [first, ..] = &mut self.0.arguments;
-        *first = cell.0;
-        self.0.flags |= CELL_1;
-        self
-    }
-
-    /// The fifth argument is a received descriptor.
-    pub(crate) fn fifth_is(mut self, cell: Cell) -> Self {
-        let [_, _, _, _, fifth, _] = &mut self.0.arguments;
-        *fifth = cell.0;
-        self.0.flags |= arch::CELL_5;
-        self
-    }
-
-    /// An error of this call ends the batch.
-    pub(crate) fn or_stop(mut self) -> Self {
-        self.0.flags |= STOP_ON_ERROR;
-        self
-    }
-
-    /// `close` of a received descriptor.
-    pub(crate) fn close(cell: Cell) -> Self {
-        let mut call = Self::new(libc::SYS_close, &[]).first_is(cell);
-        call.0.flags |= CLEAR_CELL;
-        call
-    }
-
-    /// What it returned; `None` when it was not made.
-    pub(crate) fn result(&self) -> Option<Result<u64, Errno>> {
-        (self.0.result != NOT_RUN).then(|| decode(self.0.result))
-    }
-}
-
-/// Splits what a system call returns.
-fn decode(result: i64) -> Result<u64, Errno> {
-    if (-4095..0).contains(&result) {
-        Err(Errno::from_raw_os_error(i32::try_from(-result).unwrap_or(libc::EIO)))
-    } else {
-        Ok(result.cast_unsigned())
-    }
-}
-
-/// Where in the target's memory the number of a received descriptor lies. It holds -1 when there is none.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Cell(u64);
 
 /// Where the thread is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -320,22 +133,42 @@ impl<'s> Borrowed<'s> {
         record: &mut dyn FnMut(&Residue) -> std::io::Result<()>,
     ) -> Result<Self, RemoteError> {
         let pid = process.pid;
-        let thread = stopped.thread_mut(tid).filter(|t| t.standing == Standing::Still && t.pid == pid);
+        let others: Vec<Tid> = stopped.threads(pid).collect();
+        let thread = stopped
+            .thread_mut(tid)
+            .filter(|t| t.standing == Standing::Still && t.pid == pid);
         let thread = thread.ok_or(RemoteError::NotStill { tid })?;
         let refused = |what| move |errno| refused(pid, what, errno);
         let registers = ptrace::registers(tid).map_err(refused("read registers"))?;
         let mask = ptrace::signal_mask(tid).map_err(refused("read the signal mask"))?;
         let mut memory = Memory::new(pid, tid);
         let registers = abort_sequence(tid, registers, &mut memory)?;
-        let seccomp = status::of_thread(tid).map_err(|source| RemoteError::Inspect { pid, source })?.seccomp;
-        check_filters(tid, seccomp)?;
+        let seccomp = status::of_thread(tid)
+            .map_err(|source| RemoteError::Inspect { pid, source })?
+            .seccomp;
+        filter::check(tid, seccomp)?;
         let mut image = Image::new();
         let size = image.bytes().len();
         let mappings = place::mappings(pid)?;
-        let code_address = place::for_code(pid, &mut memory, &mappings, size as u64)?;
+        let code = image
+            .bytes()
+            .get(..image.data_offset() as usize)
+            .unwrap_or_default();
+        let place::Room {
+            address: code_address,
+            is_left_over,
+        } = place::for_code(pid, &mut memory, &mappings, size as u64, code)?;
         let scratch = place::for_scratch(pid, &mappings, SCRATCH_LENGTH)?;
         let mut original = vec![0; size];
-        memory.read(code_address, &mut original)?;
+        if is_left_over {
+            let range = code_address..code_address + size as u64;
+            let inside = |tid: &Tid| ptrace::registers(*tid).is_ok_and(|r| range.contains(&r.ip()));
+            if others.iter().any(inside) {
+                return Err(RemoteError::StillInside { pid });
+            }
+        } else {
+            memory.read(code_address, &mut original)?;
+        }
         let residue = Residue {
             pid: pid.as_raw(),
             start_time: process.start_time,
@@ -346,7 +179,10 @@ impl<'s> Borrowed<'s> {
             scratch_length: SCRATCH_LENGTH,
         };
         record(&residue).map_err(|source| RemoteError::Record { pid, source })?;
-        let ending = Ending { mask: Some(mask), ..Ending::default() };
+        let ending = Ending {
+            mask: Some(mask),
+            ..Ending::default()
+        };
         image.set_ending(&arch::dead_path(&registers), &ending);
         memory.force(code_address, image.bytes())?;
         thread.standing = Standing::Borrowed;
@@ -375,44 +211,74 @@ impl<'s> Borrowed<'s> {
         let mut written = vec![0; self.image.bytes().len()];
         self.memory.read(self.residue.code_address, &mut written)?;
         if written != self.image.bytes() {
-            return Err(RemoteError::Memory { pid: self.pid, address: self.residue.code_address, errno: Errno::IO });
+            return Err(RemoteError::Memory {
+                pid: self.pid,
+                address: self.residue.code_address,
+                errno: Errno::IO,
+            });
         }
         if self.seccomp != Seccomp::Disabled {
             ptrace::set_options(self.tid, ptrace::OPTIONS | ptrace::SUSPEND_SECCOMP)
                 .map_err(|errno| refused(self.pid, "suspend the seccomp filter", errno))?;
         }
         let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
-        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE) as u64 | MAP_FIXED_NOREPLACE;
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE) as u64
+            | MAP_FIXED_NOREPLACE;
         let none = u64::MAX;
         // Recorded before it is made: if we die in between, the code unmaps nothing, or what it has just made. Nobody else maps memory in the
         // middle of the largest hole in these microseconds.
         self.set_ending((scratch, SCRATCH_LENGTH), (0, 0))?;
-        let got = self.call("mmap", libc::SYS_mmap, [scratch, SCRATCH_LENGTH, protection, flags, none, 0], deadline)?;
+        let got = self.call(
+            "mmap",
+            libc::SYS_mmap,
+            [scratch, SCRATCH_LENGTH, protection, flags, none, 0],
+            deadline,
+        )?;
         self.scratch = got;
         if got != scratch {
             // A kernel before 4.17 takes the flag for a hint.
             self.set_ending((got, SCRATCH_LENGTH), (0, 0))?;
         }
         self.write_header()?;
-        let cleanup = (got + CLEANUP, got + CLEANUP + (MESSAGE_DESCRIPTORS + 2) as u64 * ENTRY_SIZE as u64);
+        let cleanup = (
+            got + CLEANUP,
+            got + CLEANUP + (MESSAGE_DESCRIPTORS + 2) as u64 * ENTRY_SIZE as u64,
+        );
         self.set_ending((got, SCRATCH_LENGTH), cleanup)?;
         let kind = (libc::SOCK_STREAM | libc::SOCK_CLOEXEC) as u64;
-        self.call("socketpair", libc::SYS_socketpair, [libc::AF_UNIX as u64, kind, 0, got + SOCKET, 0, 0], deadline)?;
+        self.call(
+            "socketpair",
+            libc::SYS_socketpair,
+            [libc::AF_UNIX as u64, kind, 0, got + SOCKET, 0, 0],
+            deadline,
+        )?;
         self.socket = Some(self.take(Cell(got + PEER))?);
         // Serve from here on. The first batch closes the other end and bounds the wait.
         let mut timeval = [0; 16];
         timeval[..8].copy_from_slice(&SILENCE.to_le_bytes());
         self.memory.write(got + DATA, &timeval)?;
-        let option = [0, libc::SOL_SOCKET as u64, libc::SO_RCVTIMEO as u64, got + DATA, 16];
+        let option = [
+            0,
+            libc::SOL_SOCKET as u64,
+            libc::SO_RCVTIMEO as u64,
+            got + DATA,
+            16,
+        ];
         let calls = [
             Call::close(Cell(got + PEER)),
-            Call::new(libc::SYS_setsockopt, &option).first_is(Cell(got + SOCKET)).or_stop(),
+            Call::new(libc::SYS_setsockopt, &option)
+                .first_is(Cell(got + SOCKET))
+                .or_stop(),
         ];
         let mut calls = calls;
         self.run(&mut calls, deadline)?;
         match calls.last().and_then(Call::result) {
             Some(Ok(_)) => Ok(()),
-            Some(Err(errno)) => Err(RemoteError::Call { pid: self.pid, call: "setsockopt", errno }),
+            Some(Err(errno)) => Err(RemoteError::Call {
+                pid: self.pid,
+                call: "setsockopt",
+                errno,
+            }),
             None => Err(RemoteError::Lost { tid: self.tid }),
         }
     }
@@ -434,7 +300,12 @@ impl<'s> Borrowed<'s> {
     ///
     /// # Errors
     /// See [`RemoteError`]; the error of the call itself is the inner one.
-    pub fn system_call(&mut self, number: i64, arguments: [u64; 6], deadline: Deadline) -> Result<Result<u64, Errno>, RemoteError> {
+    pub fn system_call(
+        &mut self,
+        number: i64,
+        arguments: [u64; 6],
+        deadline: Deadline,
+    ) -> Result<Result<u64, Errno>, RemoteError> {
         let mut calls = [Call::new(number, &arguments)];
         self.run(&mut calls, deadline)?;
         let [call] = calls;
@@ -450,16 +321,26 @@ impl<'s> Borrowed<'s> {
     fn write_header(&mut self) -> Result<(), RemoteError> {
         let base = self.scratch;
         self.memory.write(base + SOCKET, &[0xff; 8])?;
-        self.memory.write(base + CONTROL, &[0xff; 16 + 4 * (MESSAGE_DESCRIPTORS + 1)])?;
-        let cells = (0..MESSAGE_DESCRIPTORS as u64).map(|i| base + CELLS + 4 * i).chain([base + PEER, base + SOCKET]);
-        let table: Vec<u8> = cells.flat_map(|cell| Call::close(Cell(cell)).0.to_bytes()).collect();
+        self.memory
+            .write(base + CONTROL, &[0xff; 16 + 4 * (MESSAGE_DESCRIPTORS + 1)])?;
+        let cells = (0..MESSAGE_DESCRIPTORS as u64)
+            .map(|i| base + CELLS + 4 * i)
+            .chain([base + PEER, base + SOCKET]);
+        let table: Vec<u8> = cells
+            .flat_map(|cell| Call::close(Cell(cell)).0.to_bytes())
+            .collect();
         self.memory.write(base + CLEANUP, &table)
     }
 
     /// What the code in the target does when it ends by itself.
     fn set_ending(&mut self, scratch: (u64, u64), cleanup: (u64, u64)) -> Result<(), RemoteError> {
-        let ending = Ending { mask: Some(self.mask), scratch, cleanup };
-        self.image.set_ending(&arch::dead_path(&self.registers), &ending);
+        let ending = Ending {
+            mask: Some(self.mask),
+            scratch,
+            cleanup,
+        };
+        self.image
+            .set_ending(&arch::dead_path(&self.registers), &ending);
         let at = self.residue.code_address + self.image.data_offset();
         let data = self.image.data().to_vec();
         self.memory.force(at, &data)
@@ -480,20 +361,29 @@ impl<'s> Borrowed<'s> {
     }
 
     /// Makes one call by tracing it. Only while the thread is trapped.
-    fn call(&mut self, name: &'static str, number: i64, arguments: [u64; 6], deadline: Deadline) -> Result<u64, RemoteError> {
+    fn call(
+        &mut self,
+        name: &'static str,
+        number: i64,
+        arguments: [u64; 6],
+        deadline: Deadline,
+    ) -> Result<u64, RemoteError> {
         let number = u32::try_from(number).unwrap_or(u32::MAX);
         let entry = self.residue.code_address + self.image.entry_one();
         let registers = self.registers.for_call(entry, number, arguments);
-        ptrace::set_registers(self.tid, &registers).map_err(|errno| refused(self.pid, "set registers", errno))?;
+        ptrace::set_registers(self.tid, &registers)
+            .map_err(|errno| refused(self.pid, "set registers", errno))?;
         if !self.is_blocked {
             // After the registers: dying in between, the thread runs our code, which sets the mask back.
-            ptrace::set_signal_mask(self.tid, u64::MAX).map_err(|errno| refused(self.pid, "block signals", errno))?;
+            ptrace::set_signal_mask(self.tid, u64::MAX)
+                .map_err(|errno| refused(self.pid, "block signals", errno))?;
             self.is_blocked = true;
         }
         let after = self.residue.code_address + self.image.one_return();
         let mut stops = 0;
         loop {
-            ptrace::resume_to_call(self.tid, 0).map_err(|errno| refused(self.pid, "resume a thread", errno))?;
+            ptrace::resume_to_call(self.tid, 0)
+                .map_err(|errno| refused(self.pid, "resume a thread", errno))?;
             let now = self.await_stop(true, deadline)?;
             // Before the signals were blocked a handler may have begun; its calls are not ours.
             if now.ip() != after {
@@ -503,7 +393,11 @@ impl<'s> Borrowed<'s> {
             // Interrupted calls are made again by the kernel: one more entry and exit.
             let restarts = (-516..=-512).contains(&now.result());
             if stops % 2 == 0 && !restarts {
-                return decode(now.result()).map_err(|errno| RemoteError::Call { pid: self.pid, call: name, errno });
+                return decode(now.result()).map_err(|errno| RemoteError::Call {
+                    pid: self.pid,
+                    call: name,
+                    errno,
+                });
             }
         }
     }
@@ -513,7 +407,9 @@ impl<'s> Borrowed<'s> {
         let patience = Patience::new();
         loop {
             match ptrace::next_stop(self.tid) {
-                Waited::Nothing if deadline.passed() => return Err(RemoteError::Late { tid: self.tid }),
+                Waited::Nothing if deadline.passed() => {
+                    return Err(RemoteError::Late { tid: self.tid });
+                }
                 Waited::Nothing => patience.wait(),
                 Waited::Gone => return Err(self.gone()),
                 Waited::Stopped(status) => {
@@ -521,11 +417,13 @@ impl<'s> Borrowed<'s> {
                     let is_event = status >> 8 == crate::stop::EVENT_STOP;
                     if (at_call && is_call) || (!at_call && is_event) {
                         self.position = Position::Trapped;
-                        return ptrace::registers(self.tid).map_err(|errno| refused(self.pid, "read registers", errno));
+                        return ptrace::registers(self.tid)
+                            .map_err(|errno| refused(self.pid, "read registers", errno));
                     }
                     if !at_call {
                         // Any stop cancels the request to stop: make it again.
-                        ptrace::interrupt(self.tid).map_err(|errno| refused(self.pid, "stop a thread", errno))?;
+                        ptrace::interrupt(self.tid)
+                            .map_err(|errno| refused(self.pid, "stop a thread", errno))?;
                     }
                     self.pass(status, at_call)?;
                 }
@@ -545,14 +443,26 @@ impl<'s> Borrowed<'s> {
                     }
                 }
                 // Only an instruction of ours can raise these while signals are blocked.
-                libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE | libc::SIGTRAP | libc::SIGSYS => {
+                libc::SIGSEGV
+                | libc::SIGBUS
+                | libc::SIGILL
+                | libc::SIGFPE
+                | libc::SIGTRAP
+                | libc::SIGSYS => {
                     self.position = Position::Trapped;
-                    return Err(RemoteError::Fault { tid: self.tid, signal });
+                    return Err(RemoteError::Fault {
+                        tid: self.tid,
+                        signal,
+                    });
                 }
                 other => deliver = other,
             }
         }
-        let resumed = if to_call { ptrace::resume_to_call(self.tid, deliver) } else { ptrace::resume(self.tid, deliver) };
+        let resumed = if to_call {
+            ptrace::resume_to_call(self.tid, deliver)
+        } else {
+            ptrace::resume(self.tid, deliver)
+        };
         resumed.map_err(|errno| refused(self.pid, "resume a thread", errno))
     }
 
@@ -567,7 +477,11 @@ impl<'s> Borrowed<'s> {
     /// Makes the calls in order and fills in their results. Calls after one that fails and [`Call::or_stop`]s are not made.
     ///
     /// What remains if we die in here: the calls of the batch that runs are still made, up to the first that fails and stops.
-    pub(crate) fn run(&mut self, calls: &mut [Call], deadline: Deadline) -> Result<(), RemoteError> {
+    pub(crate) fn run(
+        &mut self,
+        calls: &mut [Call],
+        deadline: Deadline,
+    ) -> Result<(), RemoteError> {
         self.run_sending(&[], calls, deadline)
     }
 
@@ -594,7 +508,9 @@ impl<'s> Borrowed<'s> {
             self.await_byte(deadline)?;
             sent?;
             let reached = self.memory.read_u64(self.scratch + PROGRESS)?;
-            let made = usize::try_from(reached.saturating_sub(first) / ENTRY_SIZE as u64).unwrap_or(0).min(batch.len());
+            let made = usize::try_from(reached.saturating_sub(first) / ENTRY_SIZE as u64)
+                .unwrap_or(0)
+                .min(batch.len());
             let mut results = vec![0; made * ENTRY_SIZE];
             self.memory.read(first, &mut results)?;
             for (call, bytes) in batch.iter_mut().zip(results.chunks_exact(ENTRY_SIZE)) {
@@ -602,7 +518,9 @@ impl<'s> Borrowed<'s> {
                     call.0.result = i64::from_le_bytes(word);
                 }
             }
-            let failed = batch.iter().any(|call| call.0.flags & STOP_ON_ERROR != 0 && !matches!(call.result(), Some(Ok(_))));
+            let failed = batch.iter().any(|call| {
+                call.0.flags & STOP_ON_ERROR != 0 && !matches!(call.result(), Some(Ok(_)))
+            });
             if made < batch.len() || failed {
                 break;
             }
@@ -625,14 +543,20 @@ impl<'s> Borrowed<'s> {
             Position::Trapped => {
                 let entry = self.residue.code_address + self.image.entry_batch();
                 let registers = self.registers.for_call(entry, 0, [0; 6]);
-                ptrace::set_registers(self.tid, &registers).map_err(|errno| refused(self.pid, "set registers", errno))?;
-                ptrace::resume(self.tid, 0).map_err(|errno| refused(self.pid, "resume a thread", errno))?;
+                ptrace::set_registers(self.tid, &registers)
+                    .map_err(|errno| refused(self.pid, "set registers", errno))?;
+                ptrace::resume(self.tid, 0)
+                    .map_err(|errno| refused(self.pid, "resume a thread", errno))?;
                 self.position = Position::Serving;
                 Ok(())
             }
             Position::Serving => {
-                let socket = self.socket.as_ref().ok_or(RemoteError::Lost { tid: self.tid })?;
-                let sent = rustix::net::send(socket, &[1], SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+                let socket = self
+                    .socket
+                    .as_ref()
+                    .ok_or(RemoteError::Lost { tid: self.tid })?;
+                let sent =
+                    rustix::net::send(socket, &[1], SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
                 match sent {
                     Ok(_) => Ok(()),
                     Err(Errno::PIPE | Errno::CONNRESET) => Err(self.lost_or_gone()),
@@ -652,7 +576,10 @@ impl<'s> Borrowed<'s> {
     /// Waits for the word that a table is done.
     fn await_byte(&mut self, deadline: Deadline) -> Result<(), RemoteError> {
         loop {
-            let socket = self.socket.as_ref().ok_or(RemoteError::Lost { tid: self.tid })?;
+            let socket = self
+                .socket
+                .as_ref()
+                .ok_or(RemoteError::Lost { tid: self.tid })?;
             let mut byte = [0];
             match rustix::net::recv(socket, &mut byte, RecvFlags::DONTWAIT) {
                 Ok((1.., _)) => return Ok(()),
@@ -661,7 +588,10 @@ impl<'s> Borrowed<'s> {
                 Err(errno) => return Err(refused(self.pid, "hear from the code", errno)),
             }
             // Half a millisecond at most, so that stops of the thread are seen too.
-            let timeout = rustix::event::Timespec { tv_sec: 0, tv_nsec: 500_000 };
+            let timeout = rustix::event::Timespec {
+                tv_sec: 0,
+                tv_nsec: 500_000,
+            };
             let _ = rustix::event::poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&timeout));
             match ptrace::next_stop(self.tid) {
                 Waited::Nothing => {}
@@ -677,8 +607,14 @@ impl<'s> Borrowed<'s> {
     /// Sends descriptors of ours to a batch that waits for them. When that is impossible, sends none, so that the batch ends.
     fn send(&self, descriptors: &[BorrowedFd<'_>]) -> Result<(), RemoteError> {
         use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage};
-        let socket = self.socket.as_ref().ok_or(RemoteError::Lost { tid: self.tid })?;
-        let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MESSAGE_DESCRIPTORS))];
+        let socket = self
+            .socket
+            .as_ref()
+            .ok_or(RemoteError::Lost { tid: self.tid })?;
+        let mut space = vec![
+            std::mem::MaybeUninit::uninit();
+            rustix::cmsg_space!(ScmRights(MESSAGE_DESCRIPTORS))
+        ];
         let mut control = SendAncillaryBuffer::new(&mut space);
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         let byte = [std::io::IoSlice::new(&[2])];
@@ -700,14 +636,27 @@ impl<'s> Borrowed<'s> {
         // CMSG_LEN(n * 4), not CMSG_SPACE: the kernel must not fit one more in.
         let control_length = 16 + 4 * descriptors as u64;
         let mut bytes = Vec::with_capacity((CELLS - MESSAGE) as usize + 4 * MESSAGE_DESCRIPTORS);
-        for word in [0, 0, base + VECTOR, 1, base + CONTROL, control_length, 0, 0, base + BYTE, 1] {
+        for word in [
+            0,
+            0,
+            base + VECTOR,
+            1,
+            base + CONTROL,
+            control_length,
+            0,
+            0,
+            base + BYTE,
+            1,
+        ] {
             bytes.extend_from_slice(&u64::to_le_bytes(word));
         }
         bytes.resize((CONTROL - MESSAGE) as usize, 0);
         bytes.resize((CELLS - MESSAGE) as usize + 4 * MESSAGE_DESCRIPTORS, 0xff);
         self.memory.write(base + MESSAGE, &bytes)?;
         let flags = libc::MSG_CMSG_CLOEXEC as u64;
-        Ok(Call::new(libc::SYS_recvmsg, &[0, base + MESSAGE, flags]).first_is(Cell(base + SOCKET)).or_stop())
+        Ok(Call::new(libc::SYS_recvmsg, &[0, base + MESSAGE, flags])
+            .first_is(Cell(base + SOCKET))
+            .or_stop())
     }
 
     /// The cell of the `index`th descriptor of the message received last.
@@ -719,7 +668,10 @@ impl<'s> Borrowed<'s> {
     pub(crate) fn open_cells(&mut self) -> Result<usize, RemoteError> {
         let mut cells = [0; 4 * MESSAGE_DESCRIPTORS];
         self.memory.read(self.scratch + CELLS, &mut cells)?;
-        Ok(cells.chunks_exact(4).filter(|cell| *cell != [0xff; 4]).count())
+        Ok(cells
+            .chunks_exact(4)
+            .filter(|cell| *cell != [0xff; 4])
+            .count())
     }
 
     /// The calls that close what is left of the last message; those that are closed already cost nothing.
@@ -748,10 +700,10 @@ impl<'s> Borrowed<'s> {
         self.position = Position::Away;
         // Without our end of the socket the code in the target ends by itself.
         self.socket = None;
-        if let Err(error) = &result {
-            if !matches!(error, RemoteError::Gone { .. }) {
-                tracing::warn!(pid = self.pid.as_raw(), tid = self.tid.as_raw(), %error, "thread was not given back cleanly");
-            }
+        if let Err(error) = &result
+            && !matches!(error, RemoteError::Gone { .. })
+        {
+            tracing::warn!(pid = self.pid.as_raw(), tid = self.tid.as_raw(), %error, "thread was not given back cleanly");
         }
         result
     }
@@ -760,7 +712,8 @@ impl<'s> Borrowed<'s> {
         match self.position {
             Position::Away => return Ok(()),
             Position::Serving => {
-                ptrace::interrupt(self.tid).map_err(|errno| refused(self.pid, "stop a thread", errno))?;
+                ptrace::interrupt(self.tid)
+                    .map_err(|errno| refused(self.pid, "stop a thread", errno))?;
                 let now = self.await_stop(false, deadline)?;
                 let offset = now.ip().wrapping_sub(self.residue.code_address);
                 let length = self.image.bytes().len() as u64;
@@ -785,12 +738,15 @@ impl<'s> Borrowed<'s> {
         self.await_stop(false, deadline)?;
         // The mask before the registers: dying in between, our code sets it once more and loads the registers.
         if self.is_blocked {
-            ptrace::set_signal_mask(self.tid, self.mask).map_err(|errno| refused(self.pid, "set the signal mask", errno))?;
+            ptrace::set_signal_mask(self.tid, self.mask)
+                .map_err(|errno| refused(self.pid, "set the signal mask", errno))?;
             self.is_blocked = false;
         }
-        ptrace::set_registers(self.tid, &self.registers).map_err(|errno| refused(self.pid, "set registers", errno))?;
+        ptrace::set_registers(self.tid, &self.registers)
+            .map_err(|errno| refused(self.pid, "set registers", errno))?;
         if self.seccomp != Seccomp::Disabled {
-            ptrace::set_options(self.tid, ptrace::OPTIONS).map_err(|errno| refused(self.pid, "resume the seccomp filter", errno))?;
+            ptrace::set_options(self.tid, ptrace::OPTIONS)
+                .map_err(|errno| refused(self.pid, "resume the seccomp filter", errno))?;
         }
         self.leave_it(Standing::Still);
         let original = std::mem::take(&mut self.residue.original);
@@ -821,12 +777,23 @@ impl<'s> Borrowed<'s> {
             .collect();
         for (at, fd) in open {
             self.memory.write(self.scratch + at, &[0xff; 4])?;
-            self.call("close", libc::SYS_close, [u64::from(fd.cast_unsigned()), 0, 0, 0, 0, 0], deadline)?;
+            self.call(
+                "close",
+                libc::SYS_close,
+                [u64::from(fd.cast_unsigned()), 0, 0, 0, 0, 0],
+                deadline,
+            )?;
         }
         // The table is about to go; unmapping twice is harmless, see above.
         self.set_ending((self.scratch, SCRATCH_LENGTH), (0, 0))?;
         let scratch = std::mem::take(&mut self.scratch);
-        self.call("munmap", libc::SYS_munmap, [scratch, SCRATCH_LENGTH, 0, 0, 0, 0], deadline).map(drop)
+        self.call(
+            "munmap",
+            libc::SYS_munmap,
+            [scratch, SCRATCH_LENGTH, 0, 0, 0, 0],
+            deadline,
+        )
+        .map(drop)
     }
 }
 
@@ -839,69 +806,27 @@ impl Drop for Borrowed<'_> {
     }
 }
 
-fn refused(pid: Pid, what: &'static str, errno: Errno) -> RemoteError {
-    if errno == Errno::SRCH { RemoteError::Gone { pid } } else { RemoteError::Refused { pid, what, errno } }
-}
-
-/// Calls that the code in the target makes, or may be in the middle of, when the tracer dies. The first must be allowed; an error of the others
-/// does no harm.
-const CALLS_WITHOUT_US: &[i64] = &[
-    libc::SYS_rt_sigprocmask,
-    libc::SYS_read,
-    libc::SYS_close,
-    libc::SYS_munmap,
-    libc::SYS_sendto,
-    libc::SYS_recvmsg,
-    libc::SYS_dup3,
-    libc::SYS_mmap,
-    libc::SYS_mremap,
-    libc::SYS_mprotect,
-    libc::SYS_madvise,
-    libc::SYS_socketpair,
-    libc::SYS_setsockopt,
-    libc::SYS_fchdir,
-    libc::SYS_fcntl,
-];
-
-/// Refuses threads that their own filters would kill for finishing without us.
-fn check_filters(tid: Tid, seccomp: Seccomp) -> Result<(), RemoteError> {
-    match seccomp {
-        Seccomp::Disabled => return Ok(()),
-        Seccomp::Strict => return Err(RemoteError::Filtered { tid, call: libc::SYS_close }),
-        Seccomp::Filter => {}
-    }
-    let mut filters: Vec<Vec<filter::Instruction>> = Vec::new();
-    loop {
-        match ptrace::seccomp_filter(tid, filters.len()) {
-            Ok(Some(words)) => filters.push(words.into_iter().map(Into::into).collect()),
-            Ok(None) => break,
-            // Refused (we are filtered ourselves), or not built in: nothing is known of the filter.
-            Err(_) => return Err(RemoteError::Filtered { tid, call: -1 }),
-        }
-    }
-    for call in CALLS_WITHOUT_US {
-        let number = u32::try_from(*call).unwrap_or(u32::MAX);
-        let seen = filter::Seen { number, architecture: arch::AUDIT_ARCHITECTURE, ip: 0, arguments: [0; 6] };
-        let worst = if *call == libc::SYS_rt_sigprocmask { filter::Verdict::Allowed } else { filter::Verdict::Error };
-        if filter::verdict(&filters, &seen) > worst {
-            return Err(RemoteError::Filtered { tid, call: *call });
-        }
-    }
-    Ok(())
-}
-
 /// Where a thread that was stopped inside a restartable sequence has to go on: at its abort handler. The kernel would send it there
 /// when it returns to the sequence (kernel/rseq.c, `rseq_ip_fixup`); after a call of ours it has forgotten the sequence.
-fn abort_sequence(tid: Tid, mut registers: Registers, memory: &mut Memory) -> Result<Registers, RemoteError> {
+fn abort_sequence(
+    tid: Tid,
+    mut registers: Registers,
+    memory: &mut Memory,
+) -> Result<Registers, RemoteError> {
     // EINVAL or EIO: a kernel before 5.13, or without rseq.
-    let Ok(Some(area)) = ptrace::rseq_area(tid) else { return Ok(registers) };
+    let Ok(Some(area)) = ptrace::rseq_area(tid) else {
+        return Ok(registers);
+    };
     let descriptor = memory.read_u64(area + 8)?;
     if descriptor == 0 {
         return Ok(registers);
     }
     // struct rseq_cs: version and flags, start_ip, post_commit_offset, abort_ip. A program may leave a stale pointer, even to unmapped memory.
     let word = |memory: &mut Memory, at| memory.read_u64(descriptor + at);
-    let (Ok(start), Ok(length), Ok(abort)) = (word(memory, 8), word(memory, 16), word(memory, 24)) else { return Ok(registers) };
+    let (Ok(start), Ok(length), Ok(abort)) = (word(memory, 8), word(memory, 16), word(memory, 24))
+    else {
+        return Ok(registers);
+    };
     if registers.ip().wrapping_sub(start) < length {
         registers.set_ip(abort);
     }

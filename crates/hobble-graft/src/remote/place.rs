@@ -18,30 +18,72 @@ const HIGHEST: u64 = 0x7fff_0000_0000;
 /// The vDSO ends with its section headers, which nothing reads; still leave a gap behind what is in use.
 const GAP: u64 = 16;
 
-/// Address of at least `size` unused bytes in executable memory.
+/// Where code goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Room {
+    pub(super) address: u64,
+    /// Whether the very code lies there already, left by a tracer that died; there were zeroes before.
+    pub(super) is_left_over: bool,
+}
+
+/// Room for an image whose first bytes are `code`.
 ///
 /// The vDSO comes first: it is in every process, and the writer of a file cannot change it. Then the ends of program and library text.
-pub(super) fn for_code(pid: Pid, memory: &mut Memory, entries: &[MapEntry], size: u64) -> Result<u64, RemoteError> {
+pub(super) fn for_code(
+    pid: Pid,
+    memory: &mut Memory,
+    entries: &[MapEntry],
+    size: u64,
+    code: &[u8],
+) -> Result<Room, RemoteError> {
     let executable = |e: &&MapEntry| e.protection.execute && e.protection.read && !e.is_shared;
-    let vdso = entries.iter().filter(executable).filter(|e| e.name == b"[vdso]");
-    let files = entries.iter().filter(executable).filter(|e| e.has_file() && !e.protection.write);
+    let vdso = entries
+        .iter()
+        .filter(executable)
+        .filter(|e| e.name == b"[vdso]");
+    let files = entries
+        .iter()
+        .filter(executable)
+        .filter(|e| e.has_file() && !e.protection.write);
     for entry in vdso.chain(files) {
         let mut page = vec![0; PAGE as usize];
         let start = entry.end - PAGE;
         if start < entry.start || memory.read(start, &mut page).is_err() {
             continue;
         }
-        let used = page.iter().rposition(|b| *b != 0).map_or(0, |last| last as u64 + 1);
+        let left_over = page
+            .windows(code.len())
+            .step_by(16)
+            .position(|bytes| bytes == code);
+        if let Some(index) = left_over {
+            let address = start + 16 * index as u64;
+            if address + size <= entry.end {
+                return Ok(Room {
+                    address,
+                    is_left_over: true,
+                });
+            }
+        }
+        let used = page
+            .iter()
+            .rposition(|b| *b != 0)
+            .map_or(0, |last| last as u64 + 1);
         // A whole page of zeroes may be there for a reason that we do not know.
         if used == 0 {
             continue;
         }
-        let at = (start + used + GAP).next_multiple_of(16);
-        if at + size <= entry.end {
-            return Ok(at);
+        let address = (start + used + GAP).next_multiple_of(16);
+        if address + size <= entry.end {
+            return Ok(Room {
+                address,
+                is_left_over: false,
+            });
         }
     }
-    Err(RemoteError::NoRoom { pid, what: "padding behind executable code" })
+    Err(RemoteError::NoRoom {
+        pid,
+        what: "padding behind executable code",
+    })
 }
 
 /// Address of a hole of at least `size` bytes.
@@ -53,13 +95,23 @@ pub(super) fn for_scratch(pid: Pid, entries: &[MapEntry], size: u64) -> Result<u
         .map(|(low, high)| (high.saturating_sub(low), low))
         .max()
         .filter(|(length, _)| *length >= size + 2 * PAGE)
-        .map(|(length, low)| (low + length / 2).next_multiple_of(PAGE) - size.next_multiple_of(PAGE) / 2 / PAGE * PAGE)
-        .ok_or(RemoteError::NoRoom { pid, what: "a hole in the address space" })
+        .map(|(length, low)| {
+            (low + length / 2).next_multiple_of(PAGE)
+                - size.next_multiple_of(PAGE) / 2 / PAGE * PAGE
+        })
+        .ok_or(RemoteError::NoRoom {
+            pid,
+            what: "a hole in the address space",
+        })
 }
 
 /// The mappings of a process.
 pub(super) fn mappings(pid: Pid) -> Result<Vec<MapEntry>, RemoteError> {
     maps::of_process(pid).map_err(|source| {
-        if source.is_gone() { RemoteError::Gone { pid } } else { RemoteError::Inspect { pid, source } }
+        if source.is_gone() {
+            RemoteError::Gone { pid }
+        } else {
+            RemoteError::Inspect { pid, source }
+        }
     })
 }

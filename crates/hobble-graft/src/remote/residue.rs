@@ -64,7 +64,10 @@ pub fn clean(residue: &Residue, deadline: Deadline) -> Result<Cleaned, RemoteErr
     if residue.original.len() != image.bytes().len() || residue.original.iter().any(|b| *b != 0) {
         return Err(RemoteError::BadResidue { field: "original" });
     }
-    let id = ProcessId { pid, start_time: residue.start_time };
+    let id = ProcessId {
+        pid,
+        start_time: residue.start_time,
+    };
     if !matches!(id.is_alive(), Ok(true)) {
         return Ok(Cleaned::Gone);
     }
@@ -85,10 +88,18 @@ pub fn clean(residue: &Residue, deadline: Deadline) -> Result<Cleaned, RemoteErr
                 match sys::registers(*tid) {
                     Ok(registers) if range.contains(&registers.ip()) => return Ok(None),
                     Ok(_) | Err(rustix::io::Errno::SRCH) => {}
-                    Err(errno) => return Err(RemoteError::Refused { pid, what: "read registers", errno }),
+                    Err(errno) => {
+                        return Err(RemoteError::Refused {
+                            pid,
+                            what: "read registers",
+                            errno,
+                        });
+                    }
                 }
             }
-            let Some(tid) = threads.first() else { return Ok(Some(Cleaned::Gone)) };
+            let Some(tid) = threads.first() else {
+                return Ok(Some(Cleaned::Gone));
+            };
             if is_ours(pid, residue, &image)? {
                 Memory::new(pid, *tid).force(residue.code_address, &residue.original)?;
             }
@@ -104,14 +115,19 @@ pub fn clean(residue: &Residue, deadline: Deadline) -> Result<Cleaned, RemoteErr
 
 /// Whether our code lies where the record says, in a mapping of the kind that we choose.
 fn is_ours(pid: Pid, residue: &Residue, image: &Image) -> Result<bool, RemoteError> {
-    let end = residue.code_address.saturating_add(residue.original.len() as u64);
-    let executable = place::mappings(pid)?
-        .iter()
-        .any(|e| e.protection.execute && !e.is_shared && e.start <= residue.code_address && end <= e.end);
+    let end = residue
+        .code_address
+        .saturating_add(residue.original.len() as u64);
+    let executable = place::mappings(pid)?.iter().any(|e| {
+        e.protection.execute && !e.is_shared && e.start <= residue.code_address && end <= e.end
+    });
     if !executable {
         return Ok(false);
     }
-    let code = image.bytes().get(..image.data_offset() as usize).unwrap_or_default();
+    let code = image
+        .bytes()
+        .get(..image.data_offset() as usize)
+        .unwrap_or_default();
     let mut found = vec![0; code.len()];
     Memory::new(pid, pid.leader()).read(residue.code_address, &mut found)?;
     Ok(found == code)

@@ -129,8 +129,11 @@ pub(super) fn waits(pid: Pid, tid: Tid) -> Waits {
 
 /// Sends a stop signal that was held back, unless a SIGCONT has come since: sending it would take that one away.
 pub(super) fn send_stop_again(thread: &Thread, signal: i32) {
-    let continued = status::of_thread(thread.tid)
-        .is_ok_and(|s| [s.pending, s.shared_pending].iter().any(|set| set.contains(libc::SIGCONT.cast_unsigned())));
+    let continued = status::of_thread(thread.tid).is_ok_and(|s| {
+        [s.pending, s.shared_pending]
+            .iter()
+            .any(|set| set.contains(libc::SIGCONT.cast_unsigned()))
+    });
     if !continued {
         let _ = sys::send_signal(thread.pid.as_raw(), thread.tid, signal);
     }

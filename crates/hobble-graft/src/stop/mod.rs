@@ -365,19 +365,16 @@ impl Stopped {
                 looked = patience.waited();
                 self.look_why();
             }
-            if deadline.passed() {
-                if let Some(late) = self
-                    .threads
-                    .iter()
-                    .find(|t| matches!(t.standing, Standing::Coming | Standing::Excused))
-                {
-                    let waits = facts::waits(late.pid, late.tid);
-                    return Err(StopError::Unstoppable {
-                        pid: late.pid,
-                        tid: late.tid,
-                        waits,
-                    });
-                }
+            let late = |t: &&Thread| matches!(t.standing, Standing::Coming | Standing::Excused);
+            if deadline.passed()
+                && let Some(thread) = self.threads.iter().find(late)
+            {
+                let waits = facts::waits(thread.pid, thread.tid);
+                return Err(StopError::Unstoppable {
+                    pid: thread.pid,
+                    tid: thread.tid,
+                    waits,
+                });
             }
             patience.wait();
         }

@@ -166,7 +166,12 @@ pub(crate) fn seccomp_filter(tid: Tid, index: usize) -> Result<Option<Vec<u64>>,
     };
     // The kernel writes as many as it has just told: the target stands still, and filters are never changed.
     let mut words = vec![0_u64; count];
-    request(SECCOMP_GET_FILTER, tid, index, words.as_mut_ptr().addr_for_kernel())?;
+    request(
+        SECCOMP_GET_FILTER,
+        tid,
+        index,
+        words.as_mut_ptr().addr_for_kernel(),
+    )?;
     Ok(Some(words))
 }
 

@@ -52,11 +52,16 @@ pub(super) fn place(
     deadline: Deadline,
 ) -> Result<usize, SwitchError> {
     let pid = borrowed.pid();
-    let mut wanted: Vec<&mut Item<'_>> = items.iter_mut().filter(|item| way == Way::There || item.is_touched).collect();
+    let mut wanted: Vec<&mut Item<'_>> = items
+        .iter_mut()
+        .filter(|item| way == Way::There || item.is_touched)
+        .collect();
     let mut placed = 0;
     for group in wanted.chunks_mut(message.max(1)) {
         if deadline.passed() {
-            return Err(SwitchError::Late { step: "exchange descriptors" });
+            return Err(SwitchError::Late {
+                step: "exchange descriptors",
+            });
         }
         let sources: Vec<BorrowedFd<'_>> = group.iter().map(|item| item.source(way)).collect();
         let mut calls = vec![borrowed.receive_call(group.len())?];
@@ -65,9 +70,16 @@ pub(super) fn place(
             let cell = borrowed.cell(index);
             calls.extend(item.places.iter().map(|(fd, close_on_exec)| {
                 let flags = if *close_on_exec { libc::O_CLOEXEC } else { 0 };
-                Call::new(libc::SYS_dup3, &[0, u64::from(fd.as_raw().cast_unsigned()), u64::from(flags.cast_unsigned())])
-                    .first_is(cell)
-                    .or_stop()
+                Call::new(
+                    libc::SYS_dup3,
+                    &[
+                        0,
+                        u64::from(fd.as_raw().cast_unsigned()),
+                        u64::from(flags.cast_unsigned()),
+                    ],
+                )
+                .first_is(cell)
+                .or_stop()
             }));
         }
         calls.extend(borrowed.close_calls(group.len()));
@@ -75,8 +87,20 @@ pub(super) fn place(
         let mut results = calls.iter();
         match results.next().and_then(Call::result) {
             Some(Ok(_)) => {}
-            Some(Err(errno)) => return Err(RemoteError::Call { pid, call: "recvmsg", errno }.into()),
-            None => return Err(RemoteError::Lost { tid: borrowed.tid() }.into()),
+            Some(Err(errno)) => {
+                return Err(RemoteError::Call {
+                    pid,
+                    call: "recvmsg",
+                    errno,
+                }
+                .into());
+            }
+            None => {
+                return Err(RemoteError::Lost {
+                    tid: borrowed.tid(),
+                }
+                .into());
+            }
         }
         let places = group.iter().flat_map(|item| item.places.iter());
         let mut failure = None;
@@ -92,7 +116,12 @@ pub(super) fn place(
             let mut close: Vec<Call> = borrowed.close_calls(group.len()).collect();
             borrowed.run(&mut close, deadline.or_at_least(super::UNDO_STEP))?;
             return Err(if errno == Errno::BADF && received < group.len() {
-                RemoteError::Truncated { pid, sent: group.len(), got: received }.into()
+                RemoteError::Truncated {
+                    pid,
+                    sent: group.len(),
+                    got: received,
+                }
+                .into()
             } else {
                 SwitchError::Place { pid, fd, errno }
             });

@@ -38,15 +38,39 @@ pub(super) fn change(
         return enter(borrowed, source, &[], deadline);
     }
     // chroot takes a path, so the way leads through the working directory, which is put back afterwards.
-    let path = PathBuf::from(format!("/proc/{}/task/{}/cwd", borrowed.pid(), borrowed.tid()));
-    let before = rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|errno| SwitchError::Directory { pid: borrowed.pid(), errno })?;
+    let path = PathBuf::from(format!(
+        "/proc/{}/task/{}/cwd",
+        borrowed.pid(),
+        borrowed.tid()
+    ));
+    let before = rustix::fs::open(
+        path,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(|errno| SwitchError::Directory {
+        pid: borrowed.pid(),
+        errno,
+    })?;
     let dot = borrowed.argument_memory();
     borrowed.memory().write(dot, b".\0")?;
     item.is_touched = true;
-    let changed = enter(borrowed, source, &[Call::new(libc::SYS_chroot, &[dot]).or_stop()], deadline)?;
-    let returned = enter(borrowed, before.as_fd(), &[], deadline.or_at_least(super::UNDO_STEP))?;
-    returned.map_err(|errno| SwitchError::Directory { pid: borrowed.pid(), errno })?;
+    let changed = enter(
+        borrowed,
+        source,
+        &[Call::new(libc::SYS_chroot, &[dot]).or_stop()],
+        deadline,
+    )?;
+    let returned = enter(
+        borrowed,
+        before.as_fd(),
+        &[],
+        deadline.or_at_least(super::UNDO_STEP),
+    )?;
+    returned.map_err(|errno| SwitchError::Directory {
+        pid: borrowed.pid(),
+        errno,
+    })?;
     Ok(changed)
 }
 
@@ -57,7 +81,12 @@ fn enter(
     then: &[Call],
     deadline: Deadline,
 ) -> Result<Result<(), Errno>, SwitchError> {
-    let mut calls = vec![borrowed.receive_call(1)?, Call::new(libc::SYS_fchdir, &[]).first_is(borrowed.cell(0)).or_stop()];
+    let mut calls = vec![
+        borrowed.receive_call(1)?,
+        Call::new(libc::SYS_fchdir, &[])
+            .first_is(borrowed.cell(0))
+            .or_stop(),
+    ];
     calls.extend_from_slice(then);
     borrowed.run_sending(&[directory], &mut calls, deadline)?;
     let mut close: Vec<Call> = borrowed.close_calls(1).collect();
@@ -65,7 +94,14 @@ fn enter(
     let mut results = calls.iter().map(Call::result);
     match results.next() {
         Some(Some(Ok(_))) => {}
-        _ => return Err(RemoteError::Truncated { pid: borrowed.pid(), sent: 1, got: 0 }.into()),
+        _ => {
+            return Err(RemoteError::Truncated {
+                pid: borrowed.pid(),
+                sent: 1,
+                got: 0,
+            }
+            .into());
+        }
     }
     for result in results {
         match result {

@@ -45,7 +45,15 @@ pub(super) struct Job<'a> {
 
 impl<'a> Job<'a> {
     pub(super) fn new(process: ProcessId, tid: Tid, table: &'a Table) -> Self {
-        Self { process, tid, table, items: Vec::new(), directories: Vec::new(), mappings: Vec::new(), locks: Locks::Full }
+        Self {
+            process,
+            tid,
+            table,
+            items: Vec::new(),
+            directories: Vec::new(),
+            mappings: Vec::new(),
+            locks: Locks::Full,
+        }
     }
 
     /// Exchanges everything.
@@ -62,7 +70,8 @@ impl<'a> Job<'a> {
             job.exchange_directories(borrowed, deadline, log, report)?;
             if !job.mappings.is_empty() {
                 record(log, &job.mappings_step(Way::There, |_| true))?;
-                let (count, bytes) = mappings::exchange(borrowed, &mut job.mappings, Way::There, message, deadline)?;
+                let (count, bytes) =
+                    mappings::exchange(borrowed, &mut job.mappings, Way::There, message, deadline)?;
                 report.mappings += count;
                 report.bytes_copied += bytes;
             }
@@ -85,17 +94,23 @@ impl<'a> Job<'a> {
         if untouched {
             return Ok(());
         }
-        self.with_thread(stopped, deadline, &mut Regardless(log), |job, borrowed, message, log| {
-            let mappings = if job.mappings.iter().any(|i| i.is_touched) {
-                record(log, &job.mappings_step(Way::Back, |item| item.is_touched))?;
-                mappings::exchange(borrowed, &mut job.mappings, Way::Back, message, deadline).map(drop)
-            } else {
-                Ok(())
-            };
-            let directories = job.restore_directories(borrowed, deadline, log);
-            job.restore_descriptors(borrowed, message, deadline, log, handover)?;
-            directories.and(mappings)
-        })?;
+        self.with_thread(
+            stopped,
+            deadline,
+            &mut Regardless(log),
+            |job, borrowed, message, log| {
+                let mappings = if job.mappings.iter().any(|i| i.is_touched) {
+                    record(log, &job.mappings_step(Way::Back, |item| item.is_touched))?;
+                    mappings::exchange(borrowed, &mut job.mappings, Way::Back, message, deadline)
+                        .map(drop)
+                } else {
+                    Ok(())
+                };
+                let directories = job.restore_directories(borrowed, deadline, log);
+                job.restore_descriptors(borrowed, message, deadline, log, handover)?;
+                directories.and(mappings)
+            },
+        )?;
         self.verify()
     }
 
@@ -105,12 +120,19 @@ impl<'a> Job<'a> {
         stopped: &mut Stopped,
         deadline: Deadline,
         log: &mut dyn StepLog,
-        work: impl FnOnce(&mut Self, &mut Borrowed<'_>, usize, &mut dyn StepLog) -> Result<(), SwitchError>,
+        work: impl FnOnce(
+            &mut Self,
+            &mut Borrowed<'_>,
+            usize,
+            &mut dyn StepLog,
+        ) -> Result<(), SwitchError>,
     ) -> Result<(), SwitchError> {
         let (message, old) = self.make_room(log)?;
         let result = (|| {
-            let mut step = |residue: &crate::remote::Residue| log.step(&Step::Borrow(residue.clone()));
-            let mut borrowed = Borrowed::open(stopped, self.process, self.tid, deadline, &mut step)?;
+            let mut step =
+                |residue: &crate::remote::Residue| log.step(&Step::Borrow(residue.clone()));
+            let mut borrowed =
+                Borrowed::open(stopped, self.process, self.tid, deadline, &mut step)?;
             let done = work(self, &mut borrowed, message, log);
             let closed = borrowed.close();
             done?;
@@ -120,7 +142,13 @@ impl<'a> Job<'a> {
             let pid = self.process.pid;
             let put_back = sys::descriptor_limit(pid.as_raw(), Some(limit));
             // A dead process needs no limit.
-            put_back.or_else(|errno| if errno == Errno::SRCH { Ok(limit) } else { Err(SwitchError::Limit { pid, errno }) })?;
+            put_back.or_else(|errno| {
+                if errno == Errno::SRCH {
+                    Ok(limit)
+                } else {
+                    Err(SwitchError::Limit { pid, errno })
+                }
+            })?;
         }
         result
     }
@@ -141,16 +169,30 @@ impl<'a> Job<'a> {
             used = self.used_below(soft).unwrap_or(used);
         }
         // dup3 onto a number at or above the soft limit is refused: the program may have lowered it since.
-        let highest = self.items.iter().flat_map(|i| &i.places).map(|(fd, _)| fd.as_raw()).max();
+        let highest = self
+            .items
+            .iter()
+            .flat_map(|i| &i.places)
+            .map(|(fd, _)| fd.as_raw())
+            .max();
         let needed = highest.map_or(0, |fd| u64::from(fd.cast_unsigned()) + 1);
-        let wanted = (self.items.len() + 1).max(self.mappings.len()).min(MESSAGE_DESCRIPTORS) as u64;
+        let wanted = (self.items.len() + 1)
+            .max(self.mappings.len())
+            .min(MESSAGE_DESCRIPTORS) as u64;
         let room = |soft: u64| soft.saturating_sub(used).saturating_sub(SOCKETS);
         let mut now = soft;
         let mut old = None;
         if soft < needed || room(soft) < wanted.min(FEW) {
             let raised = needed.max(used + SOCKETS + wanted).min(hard).max(soft);
             if raised > soft {
-                record(log, &Step::RaiseLimit { pid: pid.as_raw(), soft, raised })?;
+                record(
+                    log,
+                    &Step::RaiseLimit {
+                        pid: pid.as_raw(),
+                        soft,
+                        raised,
+                    },
+                )?;
                 old = Some(limit(Some((raised, hard)))?);
                 now = raised;
             }
@@ -167,9 +209,17 @@ impl<'a> Job<'a> {
 
     /// Descriptors with a number below the limit; `None` when they cannot be listed.
     fn used_below(&self, limit: u64) -> Option<u64> {
-        let directory = std::fs::read_dir(format!("/proc/{}/task/{}/fd", self.process.pid, self.tid)).ok()?;
-        let number = |entry: std::io::Result<std::fs::DirEntry>| entry.ok()?.file_name().to_str()?.parse::<u64>().ok();
-        Some(directory.filter_map(number).filter(|fd| *fd < limit).count() as u64)
+        let directory =
+            std::fs::read_dir(format!("/proc/{}/task/{}/fd", self.process.pid, self.tid)).ok()?;
+        let number = |entry: std::io::Result<std::fs::DirEntry>| {
+            entry.ok()?.file_name().to_str()?.parse::<u64>().ok()
+        };
+        Some(
+            directory
+                .filter_map(number)
+                .filter(|fd| *fd < limit)
+                .count() as u64,
+        )
     }
 
     fn table_id(&self) -> TableId {
@@ -195,18 +245,24 @@ impl<'a> Job<'a> {
         record(log, &self.descriptors_step(Way::There, |_| true))?;
         let moved = self.moved_locks();
         if moved.is_empty() {
-            report.descriptors += descriptors::place(borrowed, &mut self.items, Way::There, message, deadline)?;
+            report.descriptors +=
+                descriptors::place(borrowed, &mut self.items, Way::There, message, deadline)?;
             return Ok(());
         }
         let pid = self.process.pid;
         self.locks = Locks::Weak;
         locks::hold(borrowed, &moved, Hold::Read, deadline)?;
-        handover.before(&moved, Way::There).map_err(|source| SwitchError::Handover { pid, source })?;
+        handover
+            .before(&moved, Way::There)
+            .map_err(|source| SwitchError::Handover { pid, source })?;
         self.locks = Locks::Lost;
         let lost = Instant::now();
-        report.descriptors += descriptors::place(borrowed, &mut self.items, Way::There, message, deadline)?;
+        report.descriptors +=
+            descriptors::place(borrowed, &mut self.items, Way::There, message, deadline)?;
         locks::hold(borrowed, &moved, Hold::Read, deadline)?;
-        handover.after(&moved, Way::There).map_err(|source| SwitchError::Handover { pid, source })?;
+        handover
+            .after(&moved, Way::There)
+            .map_err(|source| SwitchError::Handover { pid, source })?;
         locks::hold(borrowed, &moved, Hold::Full, deadline)?;
         report.lock_window = report.lock_window.max(lost.elapsed());
         report.locks += moved.len();
@@ -228,20 +284,29 @@ impl<'a> Job<'a> {
                 return Ok(());
             }
             // Only weakened: through the old descriptors they are made full again.
-            handover.after(&moved, Way::Back).map_err(|source| SwitchError::Handover { pid, source })?;
+            handover
+                .after(&moved, Way::Back)
+                .map_err(|source| SwitchError::Handover { pid, source })?;
             locks::hold(borrowed, &moved, Hold::Full, deadline)?;
             self.locks = Locks::Full;
             return Ok(());
         }
-        record(log, &self.descriptors_step(Way::Back, |item| item.is_touched))?;
+        record(
+            log,
+            &self.descriptors_step(Way::Back, |item| item.is_touched),
+        )?;
         if moved.is_empty() {
             descriptors::place(borrowed, &mut self.items, Way::Back, message, deadline)?;
             return Ok(());
         }
-        handover.before(&moved, Way::Back).map_err(|source| SwitchError::Handover { pid, source })?;
+        handover
+            .before(&moved, Way::Back)
+            .map_err(|source| SwitchError::Handover { pid, source })?;
         descriptors::place(borrowed, &mut self.items, Way::Back, message, deadline)?;
         locks::hold(borrowed, &moved, Hold::Read, deadline)?;
-        handover.after(&moved, Way::Back).map_err(|source| SwitchError::Handover { pid, source })?;
+        handover
+            .after(&moved, Way::Back)
+            .map_err(|source| SwitchError::Handover { pid, source })?;
         locks::hold(borrowed, &moved, Hold::Full, deadline)?;
         self.locks = Locks::Full;
         Ok(())
@@ -255,12 +320,19 @@ impl<'a> Job<'a> {
         report: &mut Report,
     ) -> Result<(), SwitchError> {
         for (fs, item) in &mut self.directories {
-            record(log, &directory_step(self.process, self.tid, Way::There, item.is_root))?;
+            record(
+                log,
+                &directory_step(self.process, self.tid, Way::There, item.is_root),
+            )?;
             match directories::change(borrowed, item, Way::There, deadline)? {
                 Ok(()) => report.directories += 1,
                 Err(errno) => {
                     item.is_touched = false;
-                    report.not_moved.push(NotMoved::Directory { fs: *fs, is_root: item.is_root, errno });
+                    report.not_moved.push(NotMoved::Directory {
+                        fs: *fs,
+                        is_root: item.is_root,
+                        errno,
+                    });
                 }
             }
         }
@@ -275,8 +347,15 @@ impl<'a> Job<'a> {
     ) -> Result<(), SwitchError> {
         let pid = self.process.pid;
         // The root first here too: it leads through the working directory.
-        for (_, item) in self.directories.iter_mut().filter(|(_, item)| item.is_touched) {
-            record(log, &directory_step(self.process, self.tid, Way::Back, item.is_root))?;
+        for (_, item) in self
+            .directories
+            .iter_mut()
+            .filter(|(_, item)| item.is_touched)
+        {
+            record(
+                log,
+                &directory_step(self.process, self.tid, Way::Back, item.is_root),
+            )?;
             directories::change(borrowed, item, Way::Back, deadline)?
                 .map_err(|errno| SwitchError::Directory { pid, errno })?;
             item.is_touched = false;
@@ -290,11 +369,25 @@ impl<'a> Job<'a> {
         let own = std::process::id().cast_signed();
         for item in &self.items {
             for (fd, _) in &item.places {
-                let same = crate::sys::kcmp::file(own, item.back.as_raw_fd(), self.tid.as_raw(), fd.as_raw());
+                let same = crate::sys::kcmp::file(
+                    own,
+                    item.back.as_raw_fd(),
+                    self.tid.as_raw(),
+                    fd.as_raw(),
+                );
                 match same {
                     Ok(std::cmp::Ordering::Equal) => {}
-                    Err(Errno::SRCH) => return Err(SwitchError::Gone { pid: self.process.pid }),
-                    _ => return Err(SwitchError::NotRestored { pid: self.process.pid, fd: *fd }),
+                    Err(Errno::SRCH) => {
+                        return Err(SwitchError::Gone {
+                            pid: self.process.pid,
+                        });
+                    }
+                    _ => {
+                        return Err(SwitchError::NotRestored {
+                            pid: self.process.pid,
+                            fd: *fd,
+                        });
+                    }
                 }
             }
         }
@@ -302,18 +395,43 @@ impl<'a> Job<'a> {
     }
 
     fn descriptors_step(&self, way: Way, which: impl Fn(&descriptors::Item<'_>) -> bool) -> Step {
-        let numbers: Vec<i32> = self.items.iter().filter(|i| which(i)).flat_map(|i| &i.places).map(|(fd, _): &(Fd, bool)| fd.as_raw()).collect();
-        Step::Descriptors { pid: self.process.pid.as_raw(), tid: self.tid.as_raw(), way, numbers }
+        let numbers: Vec<i32> = self
+            .items
+            .iter()
+            .filter(|i| which(i))
+            .flat_map(|i| &i.places)
+            .map(|(fd, _): &(Fd, bool)| fd.as_raw())
+            .collect();
+        Step::Descriptors {
+            pid: self.process.pid.as_raw(),
+            tid: self.tid.as_raw(),
+            way,
+            numbers,
+        }
     }
 
     fn mappings_step(&self, way: Way, which: impl Fn(&mappings::Item<'_>) -> bool) -> Step {
-        let ranges = self.mappings.iter().filter(|i| which(i)).map(|i| (i.mapping.start, i.mapping.end)).collect();
-        Step::Mappings { pid: self.process.pid.as_raw(), way, ranges }
+        let ranges = self
+            .mappings
+            .iter()
+            .filter(|i| which(i))
+            .map(|i| (i.mapping.start, i.mapping.end))
+            .collect();
+        Step::Mappings {
+            pid: self.process.pid.as_raw(),
+            way,
+            ranges,
+        }
     }
 }
 
 fn directory_step(process: ProcessId, tid: Tid, way: Way, is_root: bool) -> Step {
-    Step::Directory { pid: process.pid.as_raw(), tid: tid.as_raw(), way, is_root }
+    Step::Directory {
+        pid: process.pid.as_raw(),
+        tid: tid.as_raw(),
+        way,
+        is_root,
+    }
 }
 
 /// The log during an undo, which does not wait for it.
@@ -329,5 +447,6 @@ impl StepLog for Regardless<'_> {
 }
 
 fn record(log: &mut dyn StepLog, step: &Step) -> Result<(), SwitchError> {
-    log.step(step).map_err(|source| SwitchError::Record { source })
+    log.step(step)
+        .map_err(|source| SwitchError::Record { source })
 }

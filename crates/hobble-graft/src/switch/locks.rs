@@ -35,7 +35,13 @@ pub(super) fn of_items(table: TableId, pid: crate::ids::Pid, items: &[Item<'_>])
             item.locks
                 .iter()
                 .filter(|lock| lock.class == LockClass::Posix)
-                .map(move |lock| MovedLock { table, pid, description, fd, lock: *lock })
+                .map(move |lock| MovedLock {
+                    table,
+                    pid,
+                    description,
+                    fd,
+                    lock: *lock,
+                })
         })
         .collect()
 }
@@ -46,7 +52,9 @@ fn structure(lock: &FileLock, kind: LockKind) -> [u8; FLOCK] {
         LockKind::Write => libc::F_WRLCK,
         LockKind::Unlock => libc::F_UNLCK,
     };
-    let length = lock.end.map_or(0, |end| end.saturating_sub(lock.start).saturating_add(1));
+    let length = lock
+        .end
+        .map_or(0, |end| end.saturating_sub(lock.start).saturating_add(1));
     let mut bytes = [0; FLOCK];
     // l_type, l_whence (SEEK_SET), four bytes of padding, l_start, l_len, l_pid.
     let words = [u64::from(kind.cast_unsigned()), lock.start, length, 0];
@@ -63,28 +71,42 @@ pub(super) fn hold(
     hold: Hold,
     deadline: Deadline,
 ) -> Result<(), SwitchError> {
-    let wanted: Vec<&MovedLock> =
-        locks.iter().filter(|moved| hold == Hold::Read || moved.lock.kind == LockKind::Write).collect();
+    let wanted: Vec<&MovedLock> = locks
+        .iter()
+        .filter(|moved| hold == Hold::Read || moved.lock.kind == LockKind::Write)
+        .collect();
     let kind = match hold {
         Hold::Read => LockKind::Read,
         Hold::Full => LockKind::Write,
     };
     let at = borrowed.argument_memory();
     for group in wanted.chunks(BATCH) {
-        let bytes: Vec<u8> = group.iter().flat_map(|moved| structure(&moved.lock, kind)).collect();
+        let bytes: Vec<u8> = group
+            .iter()
+            .flat_map(|moved| structure(&moved.lock, kind))
+            .collect();
         borrowed.memory().write(at, &bytes)?;
         let mut calls: Vec<Call> = (at..)
             .step_by(FLOCK)
             .zip(group)
             .map(|(address, moved)| {
                 let fd = u64::from(moved.fd.as_raw().cast_unsigned());
-                Call::new(libc::SYS_fcntl, &[fd, libc::F_SETLK.cast_unsigned().into(), address]).or_stop()
+                Call::new(
+                    libc::SYS_fcntl,
+                    &[fd, libc::F_SETLK.cast_unsigned().into(), address],
+                )
+                .or_stop()
             })
             .collect();
         borrowed.run(&mut calls, deadline)?;
         let pid = borrowed.pid();
         for (call, moved) in calls.iter().zip(group) {
-            let error = |errno| SwitchError::Lock { pid, fd: moved.fd, start: moved.lock.start, errno };
+            let error = |errno| SwitchError::Lock {
+                pid,
+                fd: moved.fd,
+                start: moved.lock.start,
+                errno,
+            };
             match call.result() {
                 Some(Ok(_)) => {}
                 Some(Err(errno)) => return Err(error(errno)),

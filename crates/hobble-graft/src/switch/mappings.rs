@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::SwitchError;
 use super::steps::Way;
-use crate::census::{AddressRange, Mapping, MappedFileId};
+use crate::census::{AddressRange, MappedFileId, Mapping};
 use crate::remote::{Borrowed, Call, RemoteError};
 use crate::stop::Deadline;
 
@@ -36,10 +36,16 @@ pub(super) fn obstacle(mapping: &Mapping) -> Option<&'static str> {
     let flags = &mapping.flags;
     [
         (flags.sealed, "it is sealed (mseal)"),
-        (flags.has_userfaultfd(), "a userfaultfd is registered for it"),
+        (
+            flags.has_userfaultfd(),
+            "a userfaultfd is registered for it",
+        ),
         (flags.hugetlb, "it consists of huge pages"),
         (flags.io || flags.pfn_map, "it is memory of a device"),
-        (flags.sync, "it is a synchronous mapping of persistent memory"),
+        (
+            flags.sync,
+            "it is a synchronous mapping of persistent memory",
+        ),
     ]
     .into_iter()
     .find_map(|(is_so, why)| is_so.then_some(why))
@@ -56,11 +62,16 @@ pub(super) fn exchange(
     message: usize,
     deadline: Deadline,
 ) -> Result<(usize, u64), SwitchError> {
-    let mut wanted: Vec<&mut Item<'_>> = items.iter_mut().filter(|item| way == Way::There || item.is_touched).collect();
+    let mut wanted: Vec<&mut Item<'_>> = items
+        .iter_mut()
+        .filter(|item| way == Way::There || item.is_touched)
+        .collect();
     let (mut count, mut bytes) = (0, 0);
     for group in wanted.chunks_mut(GROUP.min(message.max(1))) {
         if deadline.passed() {
-            return Err(SwitchError::Late { step: "exchange mappings" });
+            return Err(SwitchError::Late {
+                step: "exchange mappings",
+            });
         }
         let places = make(borrowed, group, way, deadline)?;
         let filled = fill(borrowed, group, &places, deadline);
@@ -97,23 +108,49 @@ fn first_protection(mapping: &Mapping) -> i32 {
 }
 
 /// Makes the new mappings somewhere.
-fn make(borrowed: &mut Borrowed<'_>, group: &[&mut Item<'_>], way: Way, deadline: Deadline) -> Result<Vec<u64>, SwitchError> {
+fn make(
+    borrowed: &mut Borrowed<'_>,
+    group: &[&mut Item<'_>],
+    way: Way,
+    deadline: Deadline,
+) -> Result<Vec<u64>, SwitchError> {
     let mut files: Vec<(MappedFileId, BorrowedFd<'_>)> = Vec::new();
     for item in group {
         if !files.iter().any(|(id, _)| *id == item.mapping.file) {
-            files.push((item.mapping.file, if way == Way::There { item.there } else { item.back }));
+            files.push((
+                item.mapping.file,
+                if way == Way::There {
+                    item.there
+                } else {
+                    item.back
+                },
+            ));
         }
     }
     let sources: Vec<BorrowedFd<'_>> = files.iter().map(|(_, fd)| *fd).collect();
     let mut calls = vec![borrowed.receive_call(files.len())?];
     for item in group {
         let mapping = item.mapping;
-        let index = files.iter().position(|(id, _)| *id == mapping.file).unwrap_or(0);
-        let sharing = if mapping.is_shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
-        let reserve = if mapping.flags.no_reserve { libc::MAP_NORESERVE } else { 0 };
+        let index = files
+            .iter()
+            .position(|(id, _)| *id == mapping.file)
+            .unwrap_or(0);
+        let sharing = if mapping.is_shared {
+            libc::MAP_SHARED
+        } else {
+            libc::MAP_PRIVATE
+        };
+        let reserve = if mapping.flags.no_reserve {
+            libc::MAP_NORESERVE
+        } else {
+            0
+        };
         let flags = u64::from((sharing | reserve).cast_unsigned());
         let protection = u64::from(first_protection(mapping).cast_unsigned());
-        let call = Call::new(libc::SYS_mmap, &[0, length(mapping), protection, flags, 0, mapping.offset]);
+        let call = Call::new(
+            libc::SYS_mmap,
+            &[0, length(mapping), protection, flags, 0, mapping.offset],
+        );
         calls.push(call.fifth_is(borrowed.cell(index)).or_stop());
     }
     borrowed.run_sending(&sources, &mut calls, deadline)?;
@@ -121,7 +158,12 @@ fn make(borrowed: &mut Borrowed<'_>, group: &[&mut Item<'_>], way: Way, deadline
     borrowed.run(&mut close, deadline.or_at_least(super::UNDO_STEP))?;
     let mut results = calls.iter().map(Call::result);
     if !matches!(results.next(), Some(Some(Ok(_)))) {
-        return Err(RemoteError::Truncated { pid: borrowed.pid(), sent: files.len(), got: 0 }.into());
+        return Err(RemoteError::Truncated {
+            pid: borrowed.pid(),
+            sent: files.len(),
+            got: 0,
+        }
+        .into());
     }
     let mut places = Vec::with_capacity(group.len());
     for (item, result) in group.iter().zip(results) {
@@ -137,20 +179,41 @@ fn make(borrowed: &mut Borrowed<'_>, group: &[&mut Item<'_>], way: Way, deadline
     Ok(places)
 }
 
-fn error(borrowed: &Borrowed<'_>, mapping: &Mapping, call: &'static str, errno: Errno) -> SwitchError {
-    SwitchError::Mapping { pid: borrowed.pid(), address: mapping.start, call, errno }
+fn error(
+    borrowed: &Borrowed<'_>,
+    mapping: &Mapping,
+    call: &'static str,
+    errno: Errno,
+) -> SwitchError {
+    SwitchError::Mapping {
+        pid: borrowed.pid(),
+        address: mapping.start,
+        call,
+        errno,
+    }
 }
 
 /// Copies what is private to the program.
-fn fill(borrowed: &mut Borrowed<'_>, group: &[&mut Item<'_>], places: &[u64], deadline: Deadline) -> Result<u64, SwitchError> {
+fn fill(
+    borrowed: &mut Borrowed<'_>,
+    group: &[&mut Item<'_>],
+    places: &[u64],
+    deadline: Deadline,
+) -> Result<u64, SwitchError> {
     let mut copied = 0;
     let mut buffer = Vec::new();
-    for (item, place) in group.iter().zip(places).filter(|(item, _)| !item.mapping.is_shared) {
+    for (item, place) in group
+        .iter()
+        .zip(places)
+        .filter(|(item, _)| !item.mapping.is_shared)
+    {
         for AddressRange { start, end } in &item.mapping.dirty {
             let mut at = *start;
             while at < *end {
                 if deadline.passed() {
-                    return Err(SwitchError::Late { step: "copy private pages" });
+                    return Err(SwitchError::Late {
+                        step: "copy private pages",
+                    });
                 }
                 borrowed.stay_awake(deadline)?;
                 let now = (*end - at).min(COPY);
@@ -171,16 +234,29 @@ fn fill(borrowed: &mut Borrowed<'_>, group: &[&mut Item<'_>], places: &[u64], de
 }
 
 /// Takes away new mappings that have not been put in place.
-fn forget(borrowed: &mut Borrowed<'_>, group: &[&mut Item<'_>], places: &[u64], deadline: Deadline) {
-    let mut calls: Vec<Call> =
-        group.iter().zip(places).map(|(item, at)| Call::new(libc::SYS_munmap, &[*at, length(item.mapping)])).collect();
+fn forget(
+    borrowed: &mut Borrowed<'_>,
+    group: &[&mut Item<'_>],
+    places: &[u64],
+    deadline: Deadline,
+) {
+    let mut calls: Vec<Call> = group
+        .iter()
+        .zip(places)
+        .map(|(item, at)| Call::new(libc::SYS_munmap, &[*at, length(item.mapping)]))
+        .collect();
     if let Err(error) = borrowed.run(&mut calls, deadline.or_at_least(super::UNDO_STEP)) {
         tracing::warn!(pid = borrowed.pid().as_raw(), %error, "mappings that were made for nothing are left behind");
     }
 }
 
 /// Moves the new mappings onto the old ones and says again what had been said about them.
-fn put(borrowed: &mut Borrowed<'_>, group: &mut [&mut Item<'_>], places: &[u64], deadline: Deadline) -> Result<(), SwitchError> {
+fn put(
+    borrowed: &mut Borrowed<'_>,
+    group: &mut [&mut Item<'_>],
+    places: &[u64],
+    deadline: Deadline,
+) -> Result<(), SwitchError> {
     let flags = u64::from((libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED).cast_unsigned());
     let mut calls = Vec::new();
     let mut owners = Vec::new();
@@ -191,9 +267,15 @@ fn put(borrowed: &mut Borrowed<'_>, group: &mut [&mut Item<'_>], places: &[u64],
         let first = calls.len();
         if first_protection(mapping) != mapping.protection.bits() {
             let protection = u64::from(mapping.protection.bits().cast_unsigned());
-            calls.push(("mprotect", Call::new(libc::SYS_mprotect, &[*at, size, protection])));
+            calls.push((
+                "mprotect",
+                Call::new(libc::SYS_mprotect, &[*at, size, protection]),
+            ));
         }
-        calls.push(("mremap", Call::new(libc::SYS_mremap, &[*at, size, size, flags, mapping.start])));
+        calls.push((
+            "mremap",
+            Call::new(libc::SYS_mremap, &[*at, size, size, flags, mapping.start]),
+        ));
         said_about(mapping, &mut calls);
         owners.resize(owners.len() + calls.len() - first, index);
     }
@@ -203,11 +285,20 @@ fn put(borrowed: &mut Borrowed<'_>, group: &mut [&mut Item<'_>], places: &[u64],
         let result = call.result();
         if !matches!(result, Some(Ok(_))) {
             let errno = result.and_then(Result::err).unwrap_or(Errno::CANCELED);
-            let moved = batch.iter().zip(&calls).filter(|(c, (n, _))| *n == "mremap" && matches!(c.result(), Some(Ok(_)))).count();
-            let (rest, places) = (group.get(moved..).unwrap_or_default(), places.get(moved..).unwrap_or_default());
+            let moved = batch
+                .iter()
+                .zip(&calls)
+                .filter(|(c, (n, _))| *n == "mremap" && matches!(c.result(), Some(Ok(_))))
+                .count();
+            let (rest, places) = (
+                group.get(moved..).unwrap_or_default(),
+                places.get(moved..).unwrap_or_default(),
+            );
             forget(borrowed, rest, places, deadline);
             let mapping = group.get(*index).map(|item| item.mapping);
-            return Err(mapping.map_or(SwitchError::Late { step: name }, |mapping| error(borrowed, mapping, name, errno)));
+            return Err(mapping.map_or(SwitchError::Late { step: name }, |mapping| {
+                error(borrowed, mapping, name, errno)
+            }));
         }
     }
     Ok(())
@@ -219,7 +310,10 @@ fn said_about(mapping: &Mapping, calls: &mut Vec<(&'static str, Call)>) {
     if mapping.protection_key != 0 {
         let protection = u64::from(mapping.protection.bits().cast_unsigned());
         let key = u64::from(mapping.protection_key);
-        calls.push(("pkey_mprotect", Call::new(libc::SYS_pkey_mprotect, &[start, size, protection, key])));
+        calls.push((
+            "pkey_mprotect",
+            Call::new(libc::SYS_pkey_mprotect, &[start, size, protection, key]),
+        ));
     }
     let advices = [
         (flags.dont_fork, libc::MADV_DONTFORK),
@@ -233,15 +327,27 @@ fn said_about(mapping: &Mapping, calls: &mut Vec<(&'static str, Call)>) {
     ];
     for (is_set, advice) in advices {
         if is_set {
-            calls.push(("madvise", Call::new(libc::SYS_madvise, &[start, size, u64::from(advice.cast_unsigned())])));
+            calls.push((
+                "madvise",
+                Call::new(
+                    libc::SYS_madvise,
+                    &[start, size, u64::from(advice.cast_unsigned())],
+                ),
+            ));
         }
     }
     for guard in &mapping.guards {
         let size = guard.end.saturating_sub(guard.start);
-        calls.push(("madvise", Call::new(libc::SYS_madvise, &[guard.start, size, MADV_GUARD_INSTALL])));
+        calls.push((
+            "madvise",
+            Call::new(libc::SYS_madvise, &[guard.start, size, MADV_GUARD_INSTALL]),
+        ));
     }
     if flags.locked_on_fault {
-        calls.push(("mlock2", Call::new(libc::SYS_mlock2, &[start, size, MLOCK_ONFAULT])));
+        calls.push((
+            "mlock2",
+            Call::new(libc::SYS_mlock2, &[start, size, MLOCK_ONFAULT]),
+        ));
     } else if flags.locked {
         calls.push(("mlock", Call::new(libc::SYS_mlock, &[start, size])));
     }

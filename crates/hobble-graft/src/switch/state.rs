@@ -9,7 +9,11 @@ use crate::census::{Description, Owner};
 
 /// The flags that `F_SETFL` changes on Linux (fs/fcntl.c, `SETFL_MASK`).
 fn settable() -> OFlags {
-    OFlags::APPEND | OFlags::NONBLOCK | OFlags::DIRECT | OFlags::NOATIME | OFlags::from_bits_retain(libc::O_ASYNC.cast_unsigned())
+    OFlags::APPEND
+        | OFlags::NONBLOCK
+        | OFlags::DIRECT
+        | OFlags::NOATIME
+        | OFlags::from_bits_retain(libc::O_ASYNC.cast_unsigned())
 }
 
 /// Gives `to` the position, status flags, owner and signal that `facts` say the description has.

@@ -33,7 +33,10 @@ fn result(result: libc::c_int) -> Result<(), Errno> {
 
 /// Who is told of I/O on `fd`. Ids are those of our pid namespace.
 pub(super) fn set_owner(fd: RawFd, kind: OwnerKind, id: i32) -> Result<(), Errno> {
-    let owner = OwnerEx { kind: kind as libc::c_int, pid: id };
+    let owner = OwnerEx {
+        kind: kind as libc::c_int,
+        pid: id,
+    };
     // SAFETY: the kernel reads the structure, which outlives the call.
     result(unsafe { libc::fcntl(fd, F_SETOWN_EX, &raw const owner) })
 }
@@ -46,9 +49,15 @@ pub(super) fn set_signal(fd: RawFd, signal: i32) -> Result<(), Errno> {
 
 /// The limit on descriptors of another process, soft and hard; sets it first when `new` is given.
 pub(super) fn descriptor_limit(pid: i32, new: Option<(u64, u64)>) -> Result<(u64, u64), Errno> {
-    let wanted = new.map(|(soft, hard)| libc::rlimit { rlim_cur: soft, rlim_max: hard });
+    let wanted = new.map(|(soft, hard)| libc::rlimit {
+        rlim_cur: soft,
+        rlim_max: hard,
+    });
     let pointer = wanted.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-    let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let mut old = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
     // SAFETY: `pointer` is null or points to a structure that outlives the call, and so does `old`.
     result(unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, pointer, &raw mut old) })?;
     Ok((old.rlim_cur, old.rlim_max))
