@@ -1,4 +1,11 @@
 //! How long a census takes: the first one of a running target, and the re-scan that a stopped target waits for.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
 
 use std::fs::File;
 use std::process::{Child, Command};

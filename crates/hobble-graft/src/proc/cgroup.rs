@@ -126,4 +126,70 @@ mod tests {
     fn we_are_not_frozen() {
         assert_ne!(is_frozen(Pid::own()).unwrap(), Some(true));
     }
+
+    /// A child in a freezer cgroup of its own, thawed and gone in the end.
+    struct Frozen {
+        child: std::process::Child,
+        directory: PathBuf,
+        switch: (&'static str, &'static str, &'static str),
+    }
+
+    impl Drop for Frozen {
+        fn drop(&mut self) {
+            let _ = std::fs::write(self.directory.join(self.switch.0), self.switch.2);
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+            // A cgroup is busy until the kernel has let go of its last process.
+            for _ in 0..200 {
+                if std::fs::remove_dir(&self.directory).is_ok() {
+                    break;
+                }
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+        }
+    }
+
+    #[test]
+    fn a_frozen_process_is_seen() {
+        let mounts = mountinfo::of_process(Pid::own()).unwrap();
+        let v1 = mounts.iter().find(|m| {
+            m.fs_type == "cgroup"
+                && m.super_options
+                    .to_string_lossy()
+                    .split(',')
+                    .any(|o| o == "freezer")
+        });
+        let v2 = || mounts.iter().find(|m| m.fs_type == "cgroup2");
+        let (mount, switch) = match v1 {
+            Some(mount) => (mount, ("freezer.state", "FROZEN", "THAWED")),
+            None => (
+                v2().expect("no cgroup hierarchy is mounted"),
+                ("cgroup.freeze", "1", "0"),
+            ),
+        };
+        let directory = mount
+            .mount_point
+            .join(format!("hobble-test-{}", std::process::id()));
+        std::fs::create_dir(&directory).expect("cgroups cannot be made here");
+        let child = std::process::Command::new("sleep")
+            .arg("100")
+            .spawn()
+            .unwrap();
+        let pid = Pid::new(child.id().cast_signed()).unwrap();
+        let frozen = Frozen {
+            child,
+            directory,
+            switch,
+        };
+        std::fs::write(frozen.directory.join("cgroup.procs"), pid.to_string()).unwrap();
+        assert_eq!(is_frozen(pid).unwrap(), Some(false));
+        std::fs::write(frozen.directory.join(switch.0), switch.1).unwrap();
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        while is_frozen(pid).unwrap() != Some(true) {
+            assert!(
+                std::time::Instant::now() < end,
+                "it does not freeze, or is not seen to"
+            );
+        }
+    }
 }
