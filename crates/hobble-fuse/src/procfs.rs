@@ -50,53 +50,54 @@ impl Proc {
         Ok(Self { root })
     }
 
-    /// Whether SIGKILL is pending for a thread. A kill of the process is pending in each of its threads (complete_signal,
-    /// kernel/signal.c). A caller that is not visible in this pid namespace (tid 0) counts as living.
-    pub(crate) fn killed(&self, tid: Tid) -> Fate {
+    /// The state of a thread, from `/proc/<tid>/stat` alone. A kill of a process, and any other signal that ends it without a
+    /// core dump, is pending as SIGKILL in each of its threads from the start (complete_signal, kernel/signal.c). A caller that
+    /// is not visible in this pid namespace (tid 0), or whose state cannot be read for want of descriptors, counts as living.
+    pub(crate) fn fate(&self, tid: Tid) -> Fate {
         if tid.0 == 0 {
             return Fate::Living;
         }
         let mut buffer = [0; 4096];
-        match self.read(tid, "status", &mut buffer) {
-            Some(text) => fate_of_status(text),
-            None => Fate::Gone,
+        match self.read(&format!("{tid}/stat"), &mut buffer) {
+            Ok(text) => Stat::parse(text).map_or(Fate::Living, |stat| stat.fate()),
+            Err(Errno::NOENT | Errno::SRCH) => Fate::Gone,
+            Err(_) => Fate::Living,
         }
     }
 
-    /// Whether a thread is on its way through `exit`, or gone. Does not look for signals.
-    pub(crate) fn exiting(&self, tid: Tid) -> Fate {
-        if tid.0 == 0 {
-            return Fate::Living;
+    /// The same, and SIGKILL is also looked for among the signals pending for the process as a whole.
+    pub(crate) fn fate_for_sure(&self, tid: Tid) -> Fate {
+        match self.fate(tid) {
+            Fate::Living if tid.0 != 0 => {}
+            fate => return fate,
         }
         let mut buffer = [0; 4096];
-        match self.read(tid, "stat", &mut buffer) {
-            Some(text) if is_exiting(text) => Fate::Exiting,
-            Some(_) => Fate::Living,
-            None => Fate::Gone,
+        match self.read(&format!("{tid}/status"), &mut buffer) {
+            Ok(text) if pending(text) & SIGKILL_BIT != 0 => Fate::Killed,
+            Err(Errno::NOENT | Errno::SRCH) => Fate::Gone,
+            _ => Fate::Living,
         }
     }
 
-    /// Calls `found` for every thread of the system that SIGKILL is pending for and that waits, uninterruptibly, for a lock.
+    /// Calls `found` for every thread of the system that was killed and waits, uninterruptibly, for a lock.
     pub(crate) fn killed_and_stuck(&self, mut found: impl FnMut(Tid)) {
         let mut buffer = [0; 4096];
+        let mut stat = |path: String| Stat::parse(self.read(&path, &mut buffer).ok()?);
+        let mut stack = [0; 4096];
         for process in self.numbers(".") {
             // A killed process whose first thread can die has a zombie as such, as long as others cannot.
-            let suspect = self
-                .read_at(&format!("{process}/stat"), &mut buffer)
-                .is_some_and(|text| {
-                    matches!(state_and_threads(text), Some((b'D', _)) | Some((b'Z', 2..)))
-                });
+            let suspect = stat(format!("{process}/stat"))
+                .is_some_and(|stat| stat.state == b'D' || (stat.state == b'Z' && stat.threads > 1));
             if !suspect {
                 continue;
             }
             for tid in self.numbers(&format!("{process}/task")) {
                 let directory = format!("{process}/task/{tid}");
-                let status = self.read_at(&format!("{directory}/status"), &mut buffer);
-                if status
-                    .is_some_and(|text| fate_of_status(text) == Fate::Killed && is_blocked(text))
+                if stat(format!("{directory}/stat"))
+                    .is_some_and(|stat| stat.state == b'D' && stat.fate() == Fate::Killed)
                     && self
-                        .read_at(&format!("{directory}/stack"), &mut buffer)
-                        .is_none_or(waits_for_lock)
+                        .read(&format!("{directory}/stack"), &mut stack)
+                        .map_or(true, waits_for_lock)
                 {
                     found(Tid(tid));
                 }
@@ -118,41 +119,70 @@ impl Proc {
             .collect()
     }
 
-    fn read<'b>(&self, tid: Tid, file: &str, buffer: &'b mut [u8]) -> Option<&'b [u8]> {
-        self.read_at(&format!("{tid}/{file}"), buffer)
-    }
-
-    fn read_at<'b>(&self, path: &str, buffer: &'b mut [u8]) -> Option<&'b [u8]> {
+    fn read<'b>(&self, path: &str, buffer: &'b mut [u8]) -> Result<&'b [u8], Errno> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.root, path, flags, Mode::empty()).ok()?;
+        let file = rustix::fs::openat(&self.root, path, flags, Mode::empty())?;
         let mut filled = 0;
-        // ESRCH when the thread goes between open and read.
         loop {
             let room = buffer.get_mut(filled..).unwrap_or_default();
             match rustix::io::read(&file, room) {
                 Ok(0) => break,
                 Ok(len) => filled += len,
                 Err(Errno::INTR) => {}
-                Err(_) => return None,
+                // ESRCH when the thread goes between open and read.
+                Err(errno) => return Err(errno),
             }
         }
-        buffer.get(..filled)
+        Ok(buffer.get(..filled).unwrap_or_default())
     }
 }
 
-/// State (field 3) and number of threads (field 20) of `/proc/<pid>/stat`.
-fn state_and_threads(text: &[u8]) -> Option<(u8, u32)> {
-    let mut fields = behind_name(text)?;
-    let state = *fields.next()?.first()?;
-    let threads = std::str::from_utf8(fields.nth(16)?).ok()?.parse().ok()?;
-    Some((state, threads))
+/// What is needed of `/proc/<tid>/stat`; proc_pid_stat(5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stat {
+    state: u8,
+    flags: u64,
+    threads: u32,
+    /// Signals pending for the thread itself, of the first 31.
+    pending: u64,
 }
 
-/// Whether a thread sleeps uninterruptibly, from `/proc/<tid>/status`.
-fn is_blocked(status: &[u8]) -> bool {
-    status
-        .split(|&byte| byte == b'\n')
-        .any(|line| line.starts_with(b"State:\tD"))
+impl Stat {
+    /// Fields 3, 9, 20 and 31. Field 2, the name, may contain anything, so counting starts behind its last parenthesis.
+    fn parse(text: &[u8]) -> Option<Self> {
+        let close = text.iter().rposition(|&byte| byte == b')')?;
+        let rest = std::str::from_utf8(text.get(close + 1..)?).ok()?;
+        let mut fields = rest.split_ascii_whitespace();
+        Some(Self {
+            state: *fields.next()?.as_bytes().first()?,
+            flags: fields.nth(5)?.parse().ok()?,
+            threads: fields.nth(10)?.parse().ok()?,
+            pending: fields.nth(10)?.parse().ok()?,
+        })
+    }
+
+    const fn fate(self) -> Fate {
+        if matches!(self.state, b'Z' | b'X') {
+            Fate::Gone
+        } else if self.flags & PF_EXITING != 0 {
+            Fate::Exiting
+        } else if self.pending & SIGKILL_BIT != 0 {
+            Fate::Killed
+        } else {
+            Fate::Living
+        }
+    }
+}
+
+/// SigPnd and ShdPnd of `/proc/<tid>/status`; proc_pid_status(5).
+fn pending(text: &[u8]) -> u64 {
+    text.split(|&byte| byte == b'\n')
+        .filter_map(|line| {
+            line.strip_prefix(b"SigPnd:\t")
+                .or_else(|| line.strip_prefix(b"ShdPnd:\t"))
+        })
+        .filter_map(|mask| u64::from_str_radix(std::str::from_utf8(mask).ok()?, 16).ok())
+        .fold(0, |all, mask| all | mask)
 }
 
 /// Whether a kernel stack (`/proc/<tid>/stack`, empty or unreadable where the kernel does not show it) is that of a thread which
@@ -208,51 +238,6 @@ fn waits_for_lock(stack: &[u8]) -> bool {
             .any(|caller| name.starts_with(caller.as_bytes()))
 }
 
-/// The fields of `/proc/<pid>/stat` behind the name, which is field 2 and may contain anything: counting starts behind its
-/// last parenthesis.
-fn behind_name(text: &[u8]) -> Option<impl Iterator<Item = &[u8]>> {
-    let close = text.iter().rposition(|&byte| byte == b')')?;
-    Some(
-        text.get(close + 1..)?
-            .split(|&byte| byte == b' ')
-            .filter(|field| !field.is_empty()),
-    )
-}
-
-/// State, SigPnd and ShdPnd of `/proc/<tid>/status`; proc_pid_status(5).
-fn fate_of_status(text: &[u8]) -> Fate {
-    let mut pending = 0;
-    for line in text.split(|&byte| byte == b'\n') {
-        if let Some(state) = line.strip_prefix(b"State:\t") {
-            if matches!(state.first(), Some(b'Z' | b'X')) {
-                return Fate::Gone;
-            }
-        } else if let Some(mask) = line
-            .strip_prefix(b"SigPnd:\t")
-            .or_else(|| line.strip_prefix(b"ShdPnd:\t"))
-        {
-            pending |= std::str::from_utf8(mask)
-                .ok()
-                .and_then(|hex| u64::from_str_radix(hex, 16).ok())
-                .unwrap_or(0);
-        }
-    }
-    if pending & SIGKILL_BIT != 0 {
-        Fate::Killed
-    } else {
-        Fate::Living
-    }
-}
-
-/// Field 9 (flags) of `/proc/<tid>/stat`.
-fn is_exiting(text: &[u8]) -> bool {
-    behind_name(text)
-        .and_then(|mut fields| fields.nth(6))
-        .and_then(|field| std::str::from_utf8(field).ok())
-        .and_then(|field| field.parse::<u64>().ok())
-        .is_some_and(|flags| flags & PF_EXITING != 0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -267,23 +252,38 @@ mod tests {
         let none = "0000000000000000";
         let kill = "0000000000000100";
         let alarm = "0000000000002000";
-        assert_eq!(fate_of_status(status(none, none).as_bytes()), Fate::Living);
-        assert_eq!(
-            fate_of_status(status(alarm, alarm).as_bytes()),
-            Fate::Living
+        let killed = |own, shared| pending(status(own, shared).as_bytes()) & SIGKILL_BIT != 0;
+        assert!(!killed(none, none) && !killed(alarm, alarm));
+        assert!(killed(kill, none) && killed(none, kill));
+    }
+
+    fn stat(state: char, flags: u64, pending: u64) -> Stat {
+        let text = format!(
+            "12 (a) Z 9 ) x) {state} 1 2 3 4 5 {flags} 7 8 9 10 11 12 13 14 20 0 17 0 99 1 2 3 4 5 6 7 8 {pending} 0 0 0 0\n"
         );
-        assert_eq!(fate_of_status(status(kill, none).as_bytes()), Fate::Killed);
-        assert_eq!(fate_of_status(status(none, kill).as_bytes()), Fate::Killed);
-        assert_eq!(fate_of_status(b"State:\tZ (zombie)\n"), Fate::Gone);
+        Stat::parse(text.as_bytes()).unwrap()
     }
 
     #[test]
-    fn a_name_with_parentheses_does_not_shift_the_flags() {
-        assert!(is_exiting(b"12 (a) R 4 ) x) D 1 2 3 4 5 4228 0 0 0"));
-        assert!(!is_exiting(b"12 (cat) D 1 2 3 4 5 4194304 4 4 4"));
-        assert!(!is_exiting(b""));
-        let stat = b"12 (a) Z 9 ) x) D 1 2 3 4 5 4228 0 0 0 0 1 1 0 0 20 0 17 0 99";
-        assert_eq!(state_and_threads(stat), Some((b'D', 17)));
+    fn a_name_with_parentheses_does_not_shift_the_fields() {
+        let expected = Stat {
+            state: b'D',
+            flags: 4_194_304,
+            threads: 17,
+            pending: 256,
+        };
+        assert_eq!(stat('D', 4_194_304, 256), expected);
+        assert_eq!(Stat::parse(b""), None);
+        assert_eq!(Stat::parse(b"12 (cat) D 1 2 3"), None);
+    }
+
+    #[test]
+    fn the_fate_of_a_thread_follows_from_state_flags_and_signals() {
+        assert_eq!(stat('D', 4_194_304, 0).fate(), Fate::Living);
+        assert_eq!(stat('D', 4_194_304, 1 << 13).fate(), Fate::Living);
+        assert_eq!(stat('D', 4_194_304, 1 << 8).fate(), Fate::Killed);
+        assert_eq!(stat('D', 4_194_308, 1 << 8).fate(), Fate::Exiting);
+        assert_eq!(stat('Z', 4_194_308, 0).fate(), Fate::Gone);
     }
 
     #[test]
@@ -301,8 +301,6 @@ mod tests {
         assert!(!waits_for_lock(
             b"[<0>] folio_wait_bit_common+0x1/0x2\n[<0>] vfs_read+0x3/0x4\n"
         ));
-        assert!(is_blocked(b"Name:\tx\nState:\tD (disk sleep)\n"));
-        assert!(!is_blocked(b"Name:\tState:\tD\nState:\tS (sleeping)\n"));
     }
 
     #[test]
@@ -312,7 +310,7 @@ mod tests {
             .as_raw_nonzero()
             .get()
             .cast_unsigned());
-        for look in [Proc::exiting, Proc::killed] {
+        for look in [Proc::fate, Proc::fate_for_sure] {
             assert_eq!(look(&proc, me), Fate::Living);
             assert_eq!(look(&proc, Tid(0)), Fate::Living);
             assert_eq!(look(&proc, Tid(i32::MAX as u32)), Fate::Gone);

@@ -279,6 +279,53 @@ fn a_process_killed_while_its_file_is_open_dies_at_once_with_a_delay_on_flush() 
     assert!(mounted.fs.count(Opcode::Flush) >= 1);
 }
 
+/// Asynchronous reads get no INTERRUPT, and a process waits for them when it ends (exit_aio, fs/aio.c).
+#[test]
+fn parked_asynchronous_reads_hold_up_neither_a_kill_nor_an_exit() {
+    let mounted = Mounted::new();
+    mounted.fs.add("f", Mode::Direct, &[7; 4096]);
+    mounted
+        .fs
+        .delay(Opcode::Read, Delay::For(Duration::from_mins(1)));
+    let mut victim = Victim::start(&mounted, Deed::Aio, "f");
+    mounted.fs.wait_parked(100);
+    victim.child.signal(Signal::KILL);
+    let (taken, _) = victim.child.wait();
+    println!("freed after {taken:?}");
+    assert!(taken < FREED, "killed, it took {taken:?}");
+    let mut victim = Victim::start(&mounted, Deed::AioExit, "f");
+    let (taken, status) = victim.child.wait();
+    println!("ended after {taken:?}");
+    assert!(
+        taken < Duration::from_secs(1) && status.success(),
+        "exiting, it took {taken:?}: {status}"
+    );
+}
+
+/// So that the callers whose INTERRUPT has come are looked at apart from, and more often than, all others.
+#[test]
+fn sigkill_frees_a_parked_read_among_many_callers() {
+    let mounted = Mounted::new();
+    mounted.fs.add("f", Mode::Direct, b"hello");
+    mounted
+        .fs
+        .delay(Opcode::Read, Delay::For(Duration::from_mins(1)));
+    let mut crowd = Victim::start(&mounted, Deed::Crowd, "f");
+    mounted.fs.wait_parked(1000);
+    let mut victim = Victim::start(&mounted, Deed::ReadWithAlarm, "f");
+    mounted.fs.wait_parked(1001);
+    support::sys::tgkill(victim.pid(), victim.tid, libc::SIGALRM);
+    wait_for("the INTERRUPT", || mounted.fs.interrupts() == 1);
+    victim.child.signal(Signal::KILL);
+    let (taken, _) = victim.child.wait();
+    println!("freed after {taken:?}");
+    assert!(taken < FREED, "it took {taken:?}");
+    crowd.child.signal(Signal::KILL);
+    let (taken, _) = crowd.child.wait();
+    println!("a thousand threads freed after {taken:?}");
+    assert!(taken < Duration::from_millis(500), "it took {taken:?}");
+}
+
 #[test]
 fn releasing_and_bypassing_let_everything_go_on_normally() {
     let mounted = Mounted::new();

@@ -10,7 +10,7 @@
 //! request, at the first signal of any kind (`request_wait_answer`, fs/fuse/dev.c): a SIGKILL that comes after a harmless signal
 //! is announced by nobody. So the lot looks at `/proc/<tid>/status` when the INTERRUPT comes and goes on looking. Callers that
 //! get no INTERRUPT at all (asynchronous direct I/O, readahead) are looked at in turn. A thread inside `exit` gets no
-//! signal any more, so its requests (FLUSH) are not parked at all.
+//! signal any more and waits for its asynchronous requests, so those are released and new ones (FLUSH) not parked at all.
 
 mod stuck;
 mod table;
@@ -20,7 +20,6 @@ mod sync {
     pub(super) use std::sync::{Mutex, MutexGuard};
 }
 
-use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
@@ -34,13 +33,13 @@ use crate::reply::Reply;
 use crate::request::Request;
 use crate::server::Interrupt;
 use stuck::Stuck;
-use table::{Counts, Interrupted, Outcome, Parked, Table};
+use table::{Counts, Interrupted, Outcome, Parked, Table, Taken};
 use workers::Workers;
 
 /// How often callers that have a signal pending are looked at, and at most how often the whole system is.
 pub const POLL: Duration = Duration::from_millis(20);
 /// How often callers without any known signal are looked at, [`ROUND`] at a time.
-const IDLE_POLL: Duration = Duration::from_millis(50);
+const IDLE_POLL: Duration = Duration::from_millis(30);
 const ROUND: usize = 64;
 /// How long an INTERRUPT waits for its request to be parked before the kernel is asked to repeat it.
 const EARLY: Duration = Duration::from_millis(100);
@@ -246,7 +245,7 @@ impl Lot {
         let shared = self.shared();
         let tid = request.caller().tid;
         // Looked at before parking: a thread that exits now has been exiting when it sent this. One in `exit` gets no INTERRUPT.
-        if matches!(shared.proc.exiting(tid), Fate::Exiting | Fate::Gone) {
+        if matches!(shared.proc.fate(tid), Fate::Exiting | Fate::Gone) {
             return resume(request, reply, Wake::Released);
         }
         let unique = request.unique();
@@ -293,8 +292,8 @@ impl Lot {
     }
 
     /// Has `callback` called once when any signal comes for the caller of a request that is not parked but may be answered
-    /// EINTR (SETLKW waiting on a helper thread). It runs on a thread that serves requests and must not block. Nothing is called
-    /// any more once the guard has gone.
+    /// EINTR (SETLKW waiting on a helper thread). It runs on a thread that serves requests and must not block. Once the
+    /// guard has gone no call begins any more, though one that has begun may still be running.
     #[must_use = "dropping the guard removes the callback"]
     pub fn on_interrupt(
         &self,
@@ -316,6 +315,7 @@ impl Lot {
     }
 
     /// Ends the waits of chosen callers. Returns how many. They are carried on with by other threads; see [`Lot::settle`].
+    /// `choose` must not call the lot, which is locked meanwhile.
     pub fn release_for(&self, mut choose: impl FnMut(&Caller) -> bool) -> usize {
         let released = self
             .shared()
@@ -336,7 +336,21 @@ impl Lot {
     /// Waits until every request whose wait has ended has been carried on with. `false` when `timeout` passed first.
     #[must_use]
     pub fn settle(&self, timeout: Duration) -> bool {
-        self.shared().workers.settle(timeout)
+        let end = Instant::now() + timeout;
+        loop {
+            let settled = self
+                .shared()
+                .workers
+                .settle(end.saturating_duration_since(Instant::now()));
+            // The timer may hold one that it has taken and not handed over yet; that takes microseconds.
+            if settled && self.shared().table.counts().going == 0 {
+                return true;
+            }
+            if Instant::now() >= end {
+                return false;
+            }
+            std::thread::yield_now();
+        }
     }
 
     /// Number of requests parked.
@@ -399,30 +413,35 @@ impl Waiting {
 }
 
 impl Shared {
-    fn submit(&self, waiting: Waiting, wake: Wake) {
-        self.workers.submit(Box::new(move || waiting.go_on(wake)));
+    fn submit(&self, taken: Taken<Waiting>, wake: Wake) {
+        self.workers.submit(Box::new(move || {
+            let Taken { payload, going } = taken;
+            payload.go_on(wake);
+            drop(going);
+        }));
     }
 
     /// Ends the wait of a request if its caller was killed or has gone.
     fn look_at(&self, unique: u64, tid: Tid) {
-        self.end(unique, self.proc.killed(tid));
+        self.end(unique, self.proc.fate_for_sure(tid));
     }
 
     fn end(&self, unique: u64, fate: Fate) {
         match fate {
             Fate::Living => {}
             Fate::Killed => {
-                let Some(waiting) = self.table.take(unique) else {
+                let Some(taken) = self.table.take(unique) else {
                     return;
                 };
                 // What these do to locks and handles has to happen however their caller ends.
-                if matches!(
-                    waiting.request.opcode(),
+                let must_happen = matches!(
+                    taken.payload.request.opcode(),
                     Some(Opcode::Flush | Opcode::Release | Opcode::Releasedir)
-                ) {
-                    self.submit(waiting, Wake::Released);
+                );
+                if must_happen {
+                    self.submit(taken, Wake::Released);
                 } else {
-                    waiting.reply.error(Errno::INTR);
+                    taken.payload.reply.error(Errno::INTR);
                 }
             }
             Fate::Exiting | Fate::Gone => {
@@ -448,6 +467,7 @@ impl Shared {
                 parked,
                 interrupted,
                 exclusive,
+                ..
             } = self.table.counts();
             let now = Instant::now();
             let (stale, more_early) = self
@@ -456,8 +476,8 @@ impl Shared {
             stale.into_iter().for_each(Interrupt::again);
             if now.duration_since(last_look) >= POLL {
                 last_look = now;
-                if interrupted > 0 {
-                    self.look_at_all(&self.table.interrupted());
+                for (unique, tid) in self.table.interrupted() {
+                    self.look_at(unique, Tid(tid));
                 }
                 if exclusive > 0 {
                     self.look_behind(now, &mut stuck);
@@ -465,7 +485,7 @@ impl Shared {
             }
             if parked > 0 && now.duration_since(last_round) >= IDLE_POLL {
                 last_round = now;
-                self.look_at_all(&self.table.next_round(ROUND));
+                self.look_around();
             }
             let mut until = next;
             let mut no_later_than =
@@ -485,14 +505,15 @@ impl Shared {
         }
     }
 
-    /// Looks once at each thread, however many requests it has.
-    fn look_at_all(&self, requests: &[(u64, u32)]) {
-        let mut fates = HashMap::new();
-        for &(unique, tid) in requests {
-            let fate = *fates
-                .entry(tid)
-                .or_insert_with(|| self.proc.killed(Tid(tid)));
-            self.end(unique, fate);
+    /// Looks at some of those for whom no INTERRUPT has come.
+    fn look_around(&self) {
+        for tid in self.table.next_round(ROUND) {
+            let fate = self.proc.fate(Tid(tid));
+            if fate != Fate::Living {
+                for unique in self.table.requests_of(tid) {
+                    self.end(unique, fate);
+                }
+            }
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! The VFS takes an inode's lock, waits for another's lookup of the same name, and FUSE takes its own mutexes, all without
 //! heeding SIGKILL. Which lock a thread waits for cannot be told from outside; so the answer is a mere yes or no, and all
-//! holders go on. Invariants: a scan costs at most a twentieth of the time; a thread counts for [`PATIENCE`] only, so that
+//! holders go on. Invariants: scans take at most a tenth of one processor; a thread counts for [`PATIENCE`] only, so that
 //! one which is stuck for another reason (a dead disk) does not end waits for ever.
 
 use std::collections::{HashMap, HashSet};
@@ -12,6 +12,9 @@ use crate::procfs::Proc;
 
 /// How long a stuck thread counts.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// At least this often a scan takes place, whatever it costs.
+const LONGEST: Duration = Duration::from_millis(500);
 
 #[derive(Default)]
 pub(super) struct Stuck {
@@ -29,16 +32,17 @@ impl Stuck {
 
     /// Whether some thread other than `parked` was killed and waits for a lock.
     pub(super) fn scan(&mut self, proc: &Proc, parked: &HashSet<u32>) -> bool {
-        let start = Instant::now();
+        let start = processor_time();
         let mut found = Vec::new();
         proc.killed_and_stuck(|tid| {
             if !parked.contains(&tid.0) {
                 found.push(tid.0);
             }
         });
-        let end = Instant::now();
-        self.not_before = Some(end + (end - start) * 19);
-        self.judge(&found, end)
+        let cost = processor_time().saturating_sub(start);
+        let now = Instant::now();
+        self.not_before = Some(now + (cost * 9).min(LONGEST));
+        self.judge(&found, now)
     }
 
     fn judge(&mut self, found: &[u32], now: Instant) -> bool {
@@ -49,6 +53,12 @@ impl Stuck {
         }
         any
     }
+}
+
+/// Processor time this thread has used; what it waited for a processor does not count.
+fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -74,11 +84,10 @@ mod tests {
     fn scans_are_spaced_by_what_they_cost() {
         let mut stuck = Stuck::default();
         let proc = Proc::open().unwrap();
-        assert!(stuck.is_due(Instant::now()));
         let start = Instant::now();
+        assert!(stuck.is_due(start));
         assert!(!stuck.scan(&proc, &HashSet::new()));
-        let cost = start.elapsed();
         assert!(!stuck.is_due(start));
-        assert!(stuck.is_due(start + cost * 21 + Duration::from_millis(1)));
+        assert!(stuck.is_due(Instant::now() + LONGEST));
     }
 }

@@ -6,7 +6,8 @@
 //! `tests/park_model.rs` runs this very file under a scheduler that tries interleavings.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::sync::PoisonError;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use super::sync::{Mutex, MutexGuard};
@@ -23,6 +24,23 @@ pub(crate) struct Parked<T> {
     pub(crate) exclusive: bool,
     /// Request, reply and what to do with them.
     pub(crate) payload: T,
+}
+
+/// A request taken out of the table, counted until dropped.
+pub(crate) struct Taken<T> {
+    /// What was parked.
+    pub(crate) payload: T,
+    /// Dropped when the request has been carried on with or answered.
+    pub(crate) going: Going,
+}
+
+/// Counts one request that was taken out and is not finished.
+pub(crate) struct Going(Arc<AtomicUsize>);
+
+impl Drop for Going {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 /// What came of parking a request.
@@ -46,6 +64,8 @@ pub(crate) struct Counts {
     pub(crate) interrupted: usize,
     /// Of these, those that hold a lock.
     pub(crate) exclusive: usize,
+    /// Not parked any more and not finished either.
+    pub(crate) going: usize,
 }
 
 /// What an INTERRUPT meant.
@@ -73,19 +93,27 @@ struct Inner<T, I, C> {
     /// Parked requests that hold a lock.
     exclusive: usize,
     bypass: bool,
-    /// Where the slow round over all parked requests goes on.
-    round: u64,
+    /// Requests taken out and not finished.
+    going: Arc<AtomicUsize>,
+    /// Where the slow round over all callers goes on.
+    round: u32,
 }
 
 impl<T, I, C> Inner<T, I, C> {
-    fn take(&mut self, unique: u64) -> Option<Parked<T>> {
+    fn take(&mut self, unique: u64) -> Option<Taken<T>> {
         let parked = self.parked.remove(&unique)?;
         if let Some(deadline) = parked.deadline {
             self.deadlines.remove(&(deadline, unique));
         }
         self.interrupted.remove(&unique);
         self.exclusive -= usize::from(parked.exclusive);
-        Some(parked)
+        // Counted under the lock: at no moment is a request neither parked nor going.
+        self.going.fetch_add(1, Ordering::SeqCst);
+        let going = Going(Arc::clone(&self.going));
+        Some(Taken {
+            payload: parked.payload,
+            going,
+        })
     }
 }
 
@@ -100,6 +128,7 @@ impl<T, I, C> Table<T, I, C> {
                 hooks: HashMap::new(),
                 exclusive: 0,
                 bypass: false,
+                going: Arc::new(AtomicUsize::new(0)),
                 round: 0,
             }),
         }
@@ -167,12 +196,12 @@ impl<T, I, C> Table<T, I, C> {
     }
 
     /// Takes one request out.
-    pub(crate) fn take(&self, unique: u64) -> Option<T> {
-        self.lock().take(unique).map(|parked| parked.payload)
+    pub(crate) fn take(&self, unique: u64) -> Option<Taken<T>> {
+        self.lock().take(unique)
     }
 
     /// Takes out what is due, and tells when the next will be.
-    pub(crate) fn due(&self, now: Instant, due: &mut Vec<T>) -> Option<Instant> {
+    pub(crate) fn due(&self, now: Instant, due: &mut Vec<Taken<T>>) -> Option<Instant> {
         let mut inner = self.lock();
         loop {
             let &(deadline, unique) = inner.deadlines.first()?;
@@ -180,14 +209,12 @@ impl<T, I, C> Table<T, I, C> {
                 return Some(deadline);
             }
             inner.deadlines.remove(&(deadline, unique));
-            if let Some(parked) = inner.take(unique) {
-                due.push(parked.payload);
-            }
+            due.extend(inner.take(unique));
         }
     }
 
     /// Takes out all that `choose` wants.
-    pub(crate) fn release(&self, mut choose: impl FnMut(&Parked<T>) -> bool) -> Vec<T> {
+    pub(crate) fn release(&self, mut choose: impl FnMut(&Parked<T>) -> bool) -> Vec<Taken<T>> {
         let mut inner = self.lock();
         let chosen: Vec<u64> = inner
             .parked
@@ -198,7 +225,6 @@ impl<T, I, C> Table<T, I, C> {
         chosen
             .into_iter()
             .filter_map(|unique| inner.take(unique))
-            .map(|parked| parked.payload)
             .collect()
     }
 
@@ -214,6 +240,7 @@ impl<T, I, C> Table<T, I, C> {
             parked: inner.parked.len(),
             interrupted: inner.interrupted.len(),
             exclusive: inner.exclusive,
+            going: inner.going.load(Ordering::SeqCst),
         }
     }
 
@@ -236,35 +263,28 @@ impl<T, I, C> Table<T, I, C> {
             .collect()
     }
 
-    /// The next few of all parked requests, in a round that never ends.
-    pub(crate) fn next_round(&self, most: usize) -> Vec<(u64, u32)> {
+    /// The next few callers of parked requests, each once however many it has, in a round that never ends.
+    pub(crate) fn next_round(&self, most: usize) -> Vec<u32> {
         let mut inner = self.lock();
-        if inner.parked.len() <= most {
-            return inner
-                .parked
-                .iter()
-                .map(|(&unique, parked)| (unique, parked.tid))
-                .collect();
-        }
-        let from = inner.round;
-        let mut uniques: Vec<u64> = inner
-            .parked
-            .keys()
+        let callers: BTreeSet<u32> = inner.parked.values().map(|parked| parked.tid).collect();
+        let next: Vec<u32> = callers
+            .range(inner.round..)
+            .chain(callers.range(..inner.round))
             .copied()
-            .filter(|&unique| unique >= from)
+            .take(most)
             .collect();
-        if uniques.len() > most {
-            uniques.select_nth_unstable(most);
-            uniques.truncate(most + 1);
-        }
-        inner.round = if uniques.len() > most {
-            uniques.iter().copied().max().unwrap_or(0)
-        } else {
-            0
-        };
-        uniques
-            .into_iter()
-            .filter_map(|unique| inner.parked.get(&unique).map(|parked| (unique, parked.tid)))
+        inner.round = next.last().map_or(0, |last| last.wrapping_add(1));
+        next
+    }
+
+    /// The requests of one caller.
+    pub(crate) fn requests_of(&self, tid: u32) -> Vec<u64> {
+        let inner = self.lock();
+        inner
+            .parked
+            .iter()
+            .filter(|(_, parked)| parked.tid == tid)
+            .map(|(&unique, _)| unique)
             .collect()
     }
 

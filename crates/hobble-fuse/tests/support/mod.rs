@@ -14,7 +14,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use hobble_fuse::mount::{self, Connection, MountOptions};
@@ -410,12 +410,21 @@ impl Service for MemFs {
     }
 }
 
+/// Tests that use the kernel take turns: many measure times. `cargo nextest` sees to it by itself.
+static TURN: Mutex<()> = Mutex::new(());
+
+std::thread_local! {
+    /// Mounts of the test on this thread, which has its turn from the first to the last.
+    static MOUNTS: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
 /// A served, detached mount.
 pub(crate) struct Mounted {
     pub(crate) fs: Arc<MemFs>,
     pub(crate) server: Server,
     pub(crate) mount: OwnedFd,
     pub(crate) connection: Connection,
+    turn: Option<std::sync::MutexGuard<'static, ()>>,
 }
 
 impl Mounted {
@@ -424,6 +433,7 @@ impl Mounted {
     }
 
     pub(crate) fn with(config: &Config) -> Self {
+        let turn = (MOUNTS.get() == 0).then(|| TURN.lock().unwrap_or_else(PoisonError::into_inner));
         assert!(
             rustix::process::geteuid().is_root(),
             "this test makes FUSE mounts and needs root"
@@ -435,11 +445,13 @@ impl Mounted {
         .unwrap();
         let fs = MemFs::new();
         let server = Server::start(new.device, fs.clone(), config).unwrap();
+        MOUNTS.set(MOUNTS.get() + 1);
         Self {
             fs,
             server,
             mount: new.mount,
             connection: new.connection,
+            turn,
         }
     }
 
@@ -451,6 +463,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
+        MOUNTS.set(MOUNTS.get() - 1);
         self.fs.lot.bypass(true);
         self.fs.lot.release_all();
         let _ = self.connection.abort();

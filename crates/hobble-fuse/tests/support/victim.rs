@@ -28,12 +28,18 @@ pub(crate) enum Deed {
     CreateNext,
     /// Asks for the attributes of a file next to the one it has opened.
     StatNext,
+    /// Reads a file in a thousand threads.
+    Crowd,
+    /// Has a hundred asynchronous reads under way and waits for them.
+    Aio,
+    /// Has a hundred asynchronous reads under way and exits.
+    AioExit,
     /// Opens a file and says how long one read takes.
     TimedRead,
 }
 
 impl Deed {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 11] = [
         Self::Read,
         Self::ReadWithAlarm,
         Self::Close,
@@ -41,6 +47,9 @@ impl Deed {
         Self::Append,
         Self::CreateNext,
         Self::StatNext,
+        Self::Crowd,
+        Self::Aio,
+        Self::AioExit,
         Self::TimedRead,
     ];
 
@@ -134,6 +143,24 @@ pub(crate) fn main() {
             println!("{MARK}closed");
         }
         Deed::Exit => std::mem::forget(file),
+        Deed::Crowd => {
+            let file = &file;
+            std::thread::scope(|scope| {
+                for _ in 0..1000 {
+                    let read = move || file.read_at(&mut [0; 5], 0);
+                    std::thread::Builder::new()
+                        .stack_size(64 << 10)
+                        .spawn_scoped(scope, read)
+                        .unwrap();
+                }
+            });
+            println!("{MARK}all");
+        }
+        Deed::Aio => {
+            let results = sys::Aio::reads(file.as_fd(), 100, 4096).results();
+            println!("{MARK}{}", results.len());
+        }
+        Deed::AioExit => std::mem::forget(sys::Aio::reads(file.as_fd(), 100, 4096)),
         Deed::CreateNext => {
             let result = std::fs::File::create_new(format!("{path}.next"));
             println!("{MARK}{}", result.is_ok());
