@@ -153,14 +153,31 @@ fn a_parked_read_is_answered_when_its_time_is_up() {
     mounted
         .fs
         .delay(Opcode::Read, Delay::For(Duration::from_millis(50)));
-    let mut victim = Victim::start(&mounted, Deed::TimedRead, "f");
-    assert_eq!(victim.line(), "hello");
-    let micros: u64 = victim.line().parse().unwrap();
-    assert!(
-        (50_000..60_000).contains(&micros),
-        "a delay of 50 ms took {micros} µs"
-    );
-    assert_eq!(mounted.fs.deadlines.load(Ordering::Relaxed), 1);
+    let mut taken: Vec<u64> = (0..7)
+        .map(|_| {
+            let mut victim = Victim::start(&mounted, Deed::TimedRead, "f");
+            assert_eq!(victim.line(), "hello");
+            victim.line().parse().unwrap()
+        })
+        .collect();
+    taken.sort_unstable();
+    println!("delays of 50 ms took {taken:?} µs");
+    // Never early; how late is up to the scheduler where others use the processors, so the best counts.
+    assert!((50_000..52_000).contains(&taken[0]), "{taken:?}");
+    assert_eq!(mounted.fs.deadlines.load(Ordering::Relaxed), 7);
+}
+
+#[test]
+fn small_writes_do_not_limit_the_size_of_attributes() {
+    let mounted = Mounted::with(&Config {
+        max_write: 4096,
+        ..Config::default()
+    });
+    mounted.fs.add("f", Mode::Direct, b"");
+    let flags = rustix::fs::XattrFlags::empty();
+    let result = rustix::fs::setxattr(mounted.path("f"), "user.large", &[1; 65536], flags);
+    assert_eq!(result, Err(Errno::OPNOTSUPP)); // the service's ENOSYS, not E2BIG for want of room
+    assert_eq!(mounted.fs.count(Opcode::Setxattr), 1);
 }
 
 /// Starts a victim whose deed is parked for a minute.
