@@ -17,6 +17,30 @@ fn of(answer: &Value, kind: &str, key: &str) -> Result<u64> {
 }
 
 #[test]
+fn locks_are_carried_over_and_back() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let mut target = Target::start(Program::Locks, [text(volume.path())?, "20"])?;
+        for round in 1..=cycles(5) {
+            let mut step = || -> Result<()> {
+                let mut injection = hobble.attach(target.pid(), volume.path(), &["--no-rules"])?;
+                let attached =
+                    injection.wait_event("attached", std::time::Duration::from_secs(1))?;
+                ensure!(
+                    hobble_testkit::target::number(&attached, "locks")? >= 23,
+                    "{attached}"
+                );
+                target.expect("check").context("while attached")?;
+                injection.recover()?;
+                target.expect("check").context("after recovery")?;
+                target.assert_running()
+            };
+            step().with_context(|| format!("round {round}"))?;
+        }
+        target.finish().map(drop)
+    })
+}
+
+#[test]
 fn an_outsider_never_gets_a_held_lock() -> Result<()> {
     scene(Kind::Ext4, |hobble, volume| {
         // Both open their files before the attachment: the outsider stays on the backing files.

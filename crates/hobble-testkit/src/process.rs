@@ -5,10 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use rustix::fs::{Mode, OFlags, fstat, fstatfs, open};
 
 /// A process that is not confused with a later one of the same pid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -155,7 +156,7 @@ impl Slot {
 /// `FUSE_SUPER_MAGIC` of `linux/magic.h`.
 const FUSE_SUPER_MAGIC: i64 = 0x6573_5546;
 
-/// The descriptor table of a process. Descriptors that close meanwhile are left out.
+/// The descriptor table of a process. Descriptors that close or change while they are looked at are left out.
 ///
 /// Asks the file's own filesystem for attributes, so a hook that hangs makes this hang.
 ///
@@ -163,43 +164,49 @@ const FUSE_SUPER_MAGIC: i64 = 0x6573_5546;
 /// When the process is gone.
 pub fn descriptors(pid: u32) -> Result<BTreeMap<u32, Slot>> {
     fs::metadata(format!("/proc/{pid}/fd")).with_context(|| format!("no process {pid}"))?;
-    let mut table = BTreeMap::new();
-    for number in numbers(&format!("/proc/{pid}/fd")) {
-        let at = format!("/proc/{pid}/fd/{number}");
-        let (Ok(link), Ok(info)) = (
-            fs::read_link(&at),
-            fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")),
-        ) else {
-            continue;
-        };
-        let (mode, inode) = fs::metadata(&at).map_or((0, 0), |meta| (meta.mode(), meta.ino()));
-        let hooked = rustix::fs::statfs(&at).is_ok_and(|fs| fs.f_type == FUSE_SUPER_MAGIC);
-        let field = |name: &str| {
-            info.lines()
-                .find_map(|line| {
-                    line.strip_prefix(name)
-                        .and_then(|rest| rest.strip_prefix(':'))
-                })
-                .map(str::trim)
-        };
-        table.insert(
-            number,
-            Slot {
-                link,
-                flags: field("flags")
-                    .and_then(|text| u32::from_str_radix(text, 8).ok())
-                    .unwrap_or(0),
-                position: field("pos").and_then(|text| text.parse().ok()).unwrap_or(0),
-                mount: field("mnt_id")
-                    .and_then(|text| text.parse().ok())
-                    .unwrap_or(0),
-                mode,
-                inode,
-                hooked,
-            },
-        );
+    Ok(numbers(&format!("/proc/{pid}/fd"))
+        .into_iter()
+        .filter_map(|number| Some((number, slot(pid, number)?)))
+        .collect())
+}
+
+/// One slot, seen at one moment: everything is asked through one O_PATH descriptor of the file, and the text in fdinfo
+/// counts only if it is about the same file.
+fn slot(pid: u32, number: u32) -> Option<Slot> {
+    let file = open(
+        format!("/proc/{pid}/fd/{number}"),
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .ok()?;
+    let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).ok()?;
+    let own = fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", file.as_raw_fd())).ok()?;
+    let field = |text: &str, name: &str| -> Option<u64> {
+        let value = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?
+            .trim();
+        if name == "flags" {
+            u64::from_str_radix(value, 8).ok()
+        } else {
+            value.parse().ok()
+        }
+    };
+    for same in ["mnt_id", "ino"] {
+        if field(&info, same)? != field(&own, same)? {
+            return None;
+        }
     }
-    Ok(table)
+    let status = fstat(&file).ok()?;
+    Some(Slot {
+        link: fs::read_link(format!("/proc/thread-self/fd/{}", file.as_raw_fd())).ok()?,
+        flags: u32::try_from(field(&info, "flags")?).ok()?,
+        position: field(&info, "pos")?,
+        mount: field(&info, "mnt_id")?,
+        mode: status.st_mode,
+        inode: status.st_ino,
+        hooked: fstatfs(&file).ok()?.f_type == FUSE_SUPER_MAGIC,
+    })
 }
 
 /// The mounts that a process sees: `(mount id, mount point, filesystem type)`.
