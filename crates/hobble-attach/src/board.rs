@@ -72,11 +72,6 @@ impl Board {
         self.changed.notify_all();
     }
 
-    /// Whether [`Board::close`] has been called.
-    pub(crate) fn is_closed(&self) -> bool {
-        self.lock().closed
-    }
-
     /// The events from number `since` on; waits for one at most `timeout`. `None` when there will be none any more.
     pub(crate) fn events_since(&self, since: u64, timeout: Duration) -> Option<Vec<Event>> {
         let until = Instant::now() + timeout;

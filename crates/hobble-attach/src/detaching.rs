@@ -10,9 +10,8 @@ use std::time::{Duration, Instant};
 
 use hobble_api::status::NotCovered as NotCoveredStatus;
 use hobble_graft::census::{self, Census, DescriptionId, DescriptionLock, TableId};
-use hobble_graft::ids::{Pid, ProcessId};
+use hobble_graft::ids::ProcessId;
 use hobble_graft::proc::locks::{FileLock, LockClass, LockKind};
-use hobble_graft::proc::tree;
 use hobble_graft::stop::{Deadline, Tracer};
 use hobble_graft::switch::Switch;
 use hobble_mirror::adopt::HandleInfo;
@@ -27,6 +26,7 @@ use crate::journal::Record;
 use crate::journaling::Steps;
 use crate::lock_keeper::{Outwards, must_stay};
 use crate::preflight::chain;
+use crate::sighting;
 
 /// Recovery may stop the target for longer than an attach: not to recover is worse.
 const LEAST_PAUSE: Duration = Duration::from_secs(2);
@@ -35,39 +35,14 @@ const ROUNDS: u32 = 10;
 /// How long the kernel gets to let go of an unmounted filesystem that nobody is seen to hold.
 const LET_GO: Duration = Duration::from_secs(2);
 
-/// Everybody on this host who may hold something of a filesystem: all processes but our own and the kernel's.
-pub(crate) fn everybody() -> Vec<ProcessId> {
-    let own = [Some(Pid::own()), rustix::process::getppid().and_then(|pid| Pid::new(pid.as_raw_nonzero().get()))];
-    let pids = tree::pids().unwrap_or_default();
-    pids.into_iter()
-        .filter(|pid| !own.contains(&Some(*pid)))
-        .filter_map(|pid| ProcessId::of(pid).ok())
-        .filter(|process| hobble_graft::proc::stat::of_process(process.pid).is_ok_and(|stat| !stat.is_kernel_thread() && !stat.has_ended()))
-        .collect()
-}
-
 /// The processes that hold something of the hook, and what.
 fn holders(hook: &Hook) -> Result<(Vec<ProcessId>, Census), AttachError> {
     let device = hook.device();
     let on_hook = move |facts: &census::FileFacts| facts.device == device;
     let failed = |error| AttachError::new(Step::Census, "it cannot be found out who is on the hook").because(error);
-    let mut all = Vec::new();
-    for process in everybody() {
-        // One by one: a stranger that cannot be looked into must not keep the others from being recovered.
-        match census::take(&[process], &on_hook) {
-            Ok(found) if concerns(&found) => all.push(process),
-            Ok(_) => {}
-            Err(error) => tracing::debug!(pid = process.pid.as_raw(), error = chain(&error), "a process cannot be looked into"),
-        }
-    }
+    let all = sighting::holders(device);
     let census = census::take(&all, &on_hook).map_err(failed)?;
     Ok((all, census))
-}
-
-fn concerns(census: &Census) -> bool {
-    census.descriptions().len() > 0
-        || !census.mapped_files().is_empty()
-        || census.fs_structs().iter().any(|fs| fs.cwd.is_some() || fs.root.is_some())
 }
 
 /// What goes back where.

@@ -57,7 +57,6 @@ pub(crate) struct Hook {
     /// Ours; it alone would keep the filesystem alive for ever, so it is closed when the last stand-in has been opened.
     mount: Option<OwnedFd>,
     device: Device,
-    connection: mount::Connection,
     armed: Arc<AtomicBool>,
     placed: Option<Covering>,
     volume: Volume,
@@ -134,7 +133,6 @@ impl Hook {
             mirror,
             mount: Some(new.mount),
             device: Device { major: 0, minor: connection.number() },
-            connection,
             armed,
             placed: None,
             volume: volume.clone(),
@@ -289,13 +287,6 @@ impl Hook {
     /// Closes our own descriptor of the mount: the kernel ends the connection when nobody else holds anything on it.
     pub(crate) fn close_mount(&mut self) {
         self.mount = None;
-    }
-
-    /// The last resort: every operation on the hook fails from now on.
-    pub(crate) fn abort(&self) {
-        if let Err(error) = self.connection.abort() {
-            tracing::warn!(%error, "the connection could not be aborted");
-        }
     }
 }
 

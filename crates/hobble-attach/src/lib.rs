@@ -38,6 +38,7 @@ mod reopening;
 mod scope;
 mod server;
 mod session;
+mod sighting;
 mod single_file;
 mod state_dir;
 mod story;

@@ -28,8 +28,6 @@ pub(crate) struct Survey {
     pub(crate) preflight: Preflight,
     /// The volume, resolved; absent when that failed.
     pub(crate) volume: Option<Volume>,
-    /// The processes that would be stopped and moved.
-    pub(crate) processes: Vec<ProcessId>,
     /// What they hold of the volume.
     pub(crate) census: Option<Census>,
     /// The first reason to refuse, as an error.
@@ -77,7 +75,6 @@ pub(crate) fn survey(pid: i32, start: u64, scope: Scope, path: &Path, state_dir:
         .ok_or_else(|| AttachError::new(Step::Preflight, format!("{pid} is not a process id")).exiting(ExitCode::Usage))?;
     fitness(target, true, &mut reasons);
     let mut volume = None;
-    let mut processes = Vec::new();
     let mut census = None;
     if reasons.refuse.is_empty() {
         match Volume::resolve(target, path) {
@@ -95,7 +92,7 @@ pub(crate) fn survey(pid: i32, start: u64, scope: Scope, path: &Path, state_dir:
         }
     }
     if let Some(volume) = volume.as_ref().filter(|_| reasons.refuse.is_empty()) {
-        processes = crate::attaching::processes(target, scope)?;
+        let processes = crate::attaching::processes(target, scope)?;
         for process in &processes {
             if *process != target {
                 fitness(*process, false, &mut reasons);
@@ -124,7 +121,7 @@ pub(crate) fn survey(pid: i32, start: u64, scope: Scope, path: &Path, state_dir:
         (true, true) => Verdict::Ok,
     };
     let list = reasons.refuse.into_iter().map(|(reason, _)| reason).chain(reasons.degraded).collect();
-    Ok(Survey { preflight: Preflight { verdict, reasons: list, steps, processes: affected }, volume, processes, census, refusal })
+    Ok(Survey { preflight: Preflight { verdict, reasons: list, steps, processes: affected }, volume, census, refusal })
 }
 
 /// An error with everything below it, on one line.

@@ -26,13 +26,13 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
 
 use crate::attaching::{Traced, stop_failed, who};
 use crate::client::Client;
-use crate::detaching::everybody;
 use crate::error::{AttachError, Step};
 use crate::holder::{DONE, NEEDS_RECOVERY};
 use crate::journal::{self, Journal, Record};
 use crate::journaling::Steps;
 use crate::preflight::chain;
 use crate::session::ServeConfig;
+use crate::sighting;
 use crate::state_dir::{AttachmentDir, StateDir};
 use crate::story::Story;
 use crate::sys;
@@ -235,16 +235,8 @@ impl Undoing<'_> {
         let originals = Originals::collect(story)?;
         for _ in 0..ROUNDS {
             self.unmount(device)?;
-            let on_hook = move |facts: &FileFacts| facts.device == device;
-            let mut processes = Vec::new();
-            for process in everybody() {
-                if Some(process) == story.holder {
-                    continue;
-                }
-                if census::take(&[process], &on_hook).is_ok_and(|found| holds_anything(&found)) {
-                    processes.push(process);
-                }
-            }
+            let mut processes = sighting::holders(device);
+            processes.retain(|process| Some(*process) != story.holder);
             if processes.is_empty() {
                 return Ok(());
             }
@@ -356,12 +348,6 @@ impl Undoing<'_> {
     }
 }
 
-fn holds_anything(census: &Census) -> bool {
-    census.descriptions().len() > 0
-        || !census.mapped_files().is_empty()
-        || census.fs_structs().iter().any(|fs| fs.cwd.is_some() || fs.root.is_some())
-}
-
 /// Where originals are found: the holder's descriptors, and the volume itself.
 struct Originals {
     /// The holder's descriptors of files on the volume's device, by inode.
@@ -381,9 +367,9 @@ struct HeldFile {
 impl Originals {
     fn collect(story: &Story) -> Result<Self, AttachError> {
         let mut held: BTreeMap<u64, Vec<HeldFile>> = BTreeMap::new();
-        let root = story.target.filter(|target| target.is_alive().unwrap_or(false)).and_then(|target| {
+        let root = story.target.filter(|target| target.is_alive().unwrap_or(false)).map(|target| {
             let path = PathBuf::from(<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(story.path.clone()));
-            Some((target, path))
+            (target, path)
         });
         if story.placing.is_some() {
             volume::remove_everywhere(Device::from_raw(story.hook_dev))?;

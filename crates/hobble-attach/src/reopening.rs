@@ -9,20 +9,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hobble_graft::census::{self, Census, DescriptionId};
-use hobble_graft::ids::ProcessId;
 use hobble_graft::stop::{Deadline, Tracer};
 use hobble_graft::switch::{NoHandover, Switch};
 use hobble_mirror::adopt::HandleId;
 use hobble_rules::Plan;
 
 use crate::attaching::{Traced, no_hook, stop_failed, who};
-use crate::detaching::everybody;
 use crate::engine::Engine;
 use crate::error::{AttachError, Step};
 use crate::hook::Hook;
 use crate::journal::Record;
 use crate::journaling::Steps;
 use crate::preflight::chain;
+use crate::sighting;
 
 /// How often a target that could not be stopped in time is tried again.
 const TRIES: u32 = 3;
@@ -81,10 +80,7 @@ impl Engine {
         let device = hook.device();
         let on_hook = move |facts: &census::FileFacts| facts.device == device;
         let looked = |error| AttachError::new(step, "it cannot be found out who is on the hook").because(error);
-        let holders: Vec<ProcessId> = everybody()
-            .into_iter()
-            .filter(|process| census::take(&[*process], &on_hook).is_ok_and(|found| found.descriptions().len() > 0))
-            .collect();
+        let holders = sighting::holders(device);
         let mut census = census::take(&holders, &on_hook).map_err(looked)?;
         if concerned(hook, &census, wanted).is_empty() {
             return Ok(());

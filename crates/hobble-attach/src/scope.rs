@@ -158,13 +158,6 @@ impl TargetSet {
         tree.processes.iter().copied().collect()
     }
 
-    /// Adds processes found by a scan.
-    pub(crate) fn add(&self, pids: impl IntoIterator<Item = i32>) {
-        let mut tree = self.tree.lock().unwrap_or_else(PoisonError::into_inner);
-        tree.threads.clear();
-        tree.processes.extend(pids);
-    }
-
     fn drain(&self, tree: &mut Tree) {
         let Some(connector) = &self.connector else { return };
         let lost = connector.drain(|event| match event {

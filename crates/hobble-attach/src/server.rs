@@ -48,8 +48,8 @@ fn open_journal(dir: &AttachmentDir, id: &str, holder: Pid) -> Result<Journal, A
     let created = u64::try_from(Timestamp::now().as_second()).unwrap_or(0);
     journal
         .append(&Record::Opened { v: 1, id: id.to_owned(), boot_id: boot_id.as_str().to_owned(), created })
-        .and_then(|()| Ok(journal.append(&Record::Holder(who(holder).map_err(foreign)?))?))
-        .and_then(|()| Ok(journal.append(&Record::Server(who(rustix::process::getpid()).map_err(foreign)?))?))
+        .and_then(|()| journal.append(&Record::Holder(who(holder).map_err(foreign)?)))
+        .and_then(|()| journal.append(&Record::Server(who(rustix::process::getpid()).map_err(foreign)?)))
         .map_err(|error| failed(error.into()))?;
     Ok(journal)
 }
@@ -105,10 +105,10 @@ pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32
     while control::open_connections() > 0 && Instant::now() < farewell {
         std::thread::sleep(Duration::from_millis(5));
     }
-    if code == DONE {
-        if let Err(error) = dir.remove() {
-            tracing::warn!(%error, "the attachment's directory stays behind");
-        }
+    if code == DONE
+        && let Err(error) = dir.remove()
+    {
+        tracing::warn!(%error, "the attachment's directory stays behind");
     }
     code
 }

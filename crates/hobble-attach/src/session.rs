@@ -57,6 +57,8 @@ pub struct Session {
     id: String,
     socket: PathBuf,
     events: Events,
+    /// Held for its end-of-file alone: see the module's invariant.
+    #[expect(dead_code, reason = "what it is for happens when it is dropped")]
     lifeline: Option<UnixStream>,
 }
 

@@ -72,12 +72,6 @@ pub(crate) fn wait_signal(signals: &[i32], timeout: std::time::Duration) -> Opti
     (signal > 0).then_some(signal)
 }
 
-/// Leaves without running anything that a parent's copy of this process would run as well (atexit handlers, buffered output).
-pub(crate) fn exit_now(code: i32) -> ! {
-    // SAFETY: _exit has no preconditions.
-    unsafe { libc::_exit(code) }
-}
-
 /// Gives the calling, single-threaded process a mount namespace of its own.
 pub(crate) fn unshare_mounts() -> io::Result<()> {
     // SAFETY: unsharing the mount namespace changes no memory and no descriptor; rustix marks it unsafe only for CLONE_FILES.
