@@ -42,6 +42,9 @@ pub(super) struct Ids {
     space: u32,
 }
 
+/// The latest tables whose slots are tried as guesses for the next.
+const TABLES_TO_GUESS_FROM: usize = 4;
+
 fn take_id(next: &mut u32) -> u32 {
     let id = *next;
     *next += 1;
@@ -255,6 +258,24 @@ fn scan_table(
     Ok(found)
 }
 
+/// What a slot that was not seen before may refer to: the same as that slot of a table that was just scanned, if processes have
+/// inherited from one another. A right guess spares taking a descriptor only to close it again, which on a FUSE filesystem is
+/// a request to the server each time; a wrong one costs a comparison.
+fn guess(census: &Census, before: &Slots, fd: Fd) -> Option<Slot> {
+    if before.contains_key(&fd) {
+        return None;
+    }
+    census
+        .slots
+        .values()
+        .rev()
+        .take(TABLES_TO_GUESS_FROM)
+        .find_map(|slots| match slots.get(&fd) {
+            Some(Slot::Description(id)) => Some(Slot::Description(*id)),
+            _ => None,
+        })
+}
+
 fn look_and_merge(
     census: &mut Census,
     table: TableId,
@@ -264,10 +285,14 @@ fn look_and_merge(
     slots: &mut Slots,
 ) -> Result<(), CensusError> {
     for batch in fds.chunks(BATCH) {
+        let guesses: Vec<Option<Slot>> =
+            batch.iter().map(|fd| guess(census, before, *fd)).collect();
+        let expected = |n: usize, fd: &Fd| before.get(fd).or_else(|| guesses.get(n)?.as_ref());
         let questions: Vec<(Fd, Known<'_>)> = batch
             .iter()
-            .map(|fd| {
-                let known = match before.get(fd) {
+            .enumerate()
+            .map(|(n, fd)| {
+                let known = match expected(n, fd) {
                     Some(Slot::Description(id)) => {
                         match (census.descriptions.get(*id), census.descriptions.stamp(*id)) {
                             (Some(d), Some(stamp)) => Known::Description {
@@ -288,8 +313,8 @@ fn look_and_merge(
             .collect();
         let answers = reader.look_at(&questions)?;
         drop(questions);
-        for (fd, answer) in batch.iter().copied().zip(answers) {
-            if let Some(slot) = merge(census, table, fd, before.get(&fd), answer)? {
+        for (n, (fd, answer)) in batch.iter().copied().zip(answers).enumerate() {
+            if let Some(slot) = merge(census, table, fd, expected(n, &fd), answer)? {
                 slots.insert(fd, slot);
             }
         }
@@ -329,7 +354,7 @@ fn merge(
             special: special.clone(),
             note: note.clone(),
         }),
-        // Cannot be: only what was known can be the same. Taken as empty, and the count then asks for a full listing.
+        // Cannot be: only what was expected can be the same. Taken as empty, and the count then asks for a full listing.
         (Found::Same(..), _) => None,
         (
             Found::Other {

@@ -113,11 +113,11 @@ impl Covering {
                 MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
             );
             if let Err(errno) = placed {
-                give_back(
+                undo(
                     root_there.as_fd(),
                     record.propagation,
                     member.as_ref().map(|m| m.as_fd()),
-                )?;
+                );
                 return Err(step("place a mount over the volume")(errno));
             }
             Ok(member)
@@ -317,10 +317,17 @@ fn confine(root: BorrowedFd<'_>, before: Propagation) -> Result<Option<OwnedFd>,
             .map_err(step("make the mount around the volume a slave"))?;
     }
     if let Err(errno) = sys::set_propagation(root, libc::MS_SHARED, false) {
-        give_back(root, before, member.as_ref().map(|m| m.as_fd()))?;
+        undo(root, before, member.as_ref().map(|m| m.as_fd()));
         return Err(step("make the mount around the volume shared")(errno));
     }
     Ok(member)
+}
+
+/// [`give_back`] after a failure, which is what the caller reports.
+fn undo(root: BorrowedFd<'_>, before: Propagation, member: Option<BorrowedFd<'_>>) {
+    if let Err(error) = give_back(root, before, member) {
+        tracing::error!(%error, "the mount around the volume keeps a propagation of ours; `findmnt -o +PROPAGATION` shows it");
+    }
 }
 
 /// The reverse of [`confine`].
