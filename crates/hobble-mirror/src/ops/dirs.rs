@@ -119,6 +119,8 @@ impl Inner {
         let mut taken: Vec<Arc<Node>> = Vec::new();
         let listed = self.handles.get(fh).and_then(|handle| {
             let directory = handle.node.inode.realm;
+            // The handle may be on the target's own mount; nodes are looked up on ours, where alone they are the same nodes.
+            let parent = self.fd_of(&handle.node)?;
             // Entries with attributes are about five times as long as those that are read.
             Self::list(&handle, offset, room(size / 4), |name| {
                 let bytes = name.name.to_bytes();
@@ -128,7 +130,7 @@ impl Inner {
                 let found = match bytes {
                     b"." | b".." => None,
                     _ => self
-                        .with_descriptors(|| resolve(handle.file.as_fd(), name.name))
+                        .with_descriptors(|| resolve(parent.as_fd(), name.name))
                         .ok(),
                 };
                 let node = found.and_then(|found| {

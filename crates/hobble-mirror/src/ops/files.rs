@@ -418,7 +418,11 @@ impl Inner {
     /// Drops the POSIX locks of a process that closes a descriptor.
     pub(crate) fn flush_locks(&self, fh: Fh, owner: LockOwner) {
         if let Ok(handle) = self.handles.get(fh).and_then(|handle| {
-            if handle.superseded.load(Ordering::Acquire) { Err(io::ErrorKind::NotFound.into()) } else { Ok(handle) }
+            if handle.superseded.load(Ordering::Acquire) {
+                Err(io::ErrorKind::NotFound.into())
+            } else {
+                Ok(handle)
+            }
         }) {
             let leave = handle.given_back.load(Ordering::Acquire);
             self.locks

@@ -130,6 +130,17 @@ impl Native {
             device: (stat.stx_dev_major, stat.stx_dev_minor),
         })
     }
+
+    /// What lies at `path`, provided that it is the wanted inode.
+    pub(crate) fn walk(&self, path: &[u8], wanted: &Statx) -> Option<OwnedFd> {
+        let found = walk(self.anchor.as_fd(), path).ok()?;
+        let same = (
+            found.stat.stx_ino,
+            found.stat.stx_dev_major,
+            found.stat.stx_dev_minor,
+        ) == (wanted.stx_ino, wanted.stx_dev_major, wanted.stx_dev_minor);
+        same.then_some(found.fd)
+    }
 }
 
 impl Realm {

@@ -3,7 +3,7 @@
 //! Invariant: `place` never changes, so a node is the same backing inode for as long as it lives; every descriptor a node hands out refers to that inode.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -212,7 +212,10 @@ impl Store {
     pub(crate) fn open(&self, node: &Node, flags: OFlags) -> io::Result<OwnedFd> {
         let flags = flags.difference(OFlags::CREATE | OFlags::EXCL | OFlags::NOCTTY);
         match &node.place {
-            Place::Descriptor(fd) => crate::fd::reopen(fd.as_fd(), flags),
+            Place::Descriptor(fd) => match self.on_native(node, fd.as_fd()) {
+                Some(native) => crate::fd::reopen(native.as_fd(), flags),
+                None => crate::fd::reopen(fd.as_fd(), flags),
+            },
             Place::Handle(handle) => {
                 let realm = self
                     .realm_at(node.inode.realm)
@@ -220,6 +223,15 @@ impl Store {
                 realm.open_for_client(self.native.as_ref(), handle, flags)
             }
         }
+    }
+
+    /// The inode that `fd` refers to, on the target's own mount: along its last known paths, where they lead to that very inode.
+    fn on_native(&self, node: &Node, fd: BorrowedFd<'_>) -> Option<OwnedFd> {
+        let native = self.native.as_ref()?;
+        let wanted = super::stat(fd).ok()?;
+        self.paths_of(node.id)
+            .iter()
+            .find_map(|path| native.walk(path, &wanted))
     }
 
     pub(crate) fn open_handle(
