@@ -180,6 +180,53 @@ fn small_writes_do_not_limit_the_size_of_attributes() {
     assert_eq!(mounted.fs.count(Opcode::Setxattr), 1);
 }
 
+/// About the tests themselves: a test process killed while one of its own threads waits for it leaves nothing behind.
+#[test]
+fn a_killed_test_leaves_no_thread_that_waits_for_it() {
+    let _turn = Mounted::new();
+    let mut test = std::process::Command::new(std::env::current_exe().unwrap());
+    test.args(["--exact", "waits_for_itself", "--nocapture"])
+        .env(SELF_WAIT, "1")
+        .stdout(std::process::Stdio::piped());
+    let mut test = test.spawn().unwrap();
+    let mut out = std::io::BufReader::new(test.stdout.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("parked") {
+        line.clear();
+        assert_ne!(
+            std::io::BufRead::read_line(&mut out, &mut line).unwrap(),
+            0,
+            "it never got that far"
+        );
+    }
+    test.kill().unwrap();
+    let end = Instant::now() + Duration::from_secs(10);
+    while test.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < end, "the killed process does not die");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+const SELF_WAIT: &str = "HOBBLE_FUSE_TEST_SELF_WAIT";
+
+/// Not a test: what the one above kills.
+#[test]
+fn waits_for_itself() {
+    if std::env::var_os(SELF_WAIT).is_none() {
+        return;
+    }
+    let mounted = Mounted::new();
+    mounted.fs.add("f", Mode::Direct, b"hello");
+    mounted.fs.delay(Opcode::Read, Delay::Hang);
+    std::thread::scope(|scope| {
+        scope.spawn(|| std::fs::read(mounted.path("f")));
+        mounted.fs.wait_parked(1);
+        println!("parked");
+        std::thread::sleep(Duration::from_secs(30));
+        mounted.fs.lot.release_all();
+    });
+}
+
 /// Starts a victim whose deed is parked for a minute.
 fn parked_for_a_minute(mounted: &Mounted, deed: Deed, opcode: Opcode) -> Victim {
     mounted.fs.add("f", Mode::Direct, b"hello");

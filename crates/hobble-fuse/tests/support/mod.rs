@@ -1,12 +1,13 @@
 //! A tiny filesystem in memory, served over a detached FUSE mount.
 //!
 //! The mount is never attached anywhere: tests reach it through `/proc/self/fd/N/…`, and the kernel dissolves it when the last
-//! descriptor has gone. So nothing can be left behind, whatever fails; [`Mounted`] aborts the connection when dropped, so that
-//! no thread is left waiting either.
+//! descriptor has gone. [`Mounted`] aborts the connection when dropped, and a [`watchdog`] does when the test takes too long or its
+//! process is killed: a thread that waits for an answer of its own, dead, process could not even be killed.
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 pub(crate) mod sys;
 pub(crate) mod victim;
+mod watchdog;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::CString;
@@ -424,6 +425,7 @@ pub(crate) struct Mounted {
     pub(crate) server: Server,
     pub(crate) mount: OwnedFd,
     pub(crate) connection: Connection,
+    watchdog: Option<watchdog::Watchdog>,
     turn: Option<std::sync::MutexGuard<'static, ()>>,
 }
 
@@ -451,6 +453,7 @@ impl Mounted {
             server,
             mount: new.mount,
             connection: new.connection,
+            watchdog: Some(watchdog::Watchdog::over(new.connection)),
             turn,
         }
     }
@@ -467,6 +470,7 @@ impl Drop for Mounted {
         self.fs.lot.bypass(true);
         self.fs.lot.release_all();
         let _ = self.connection.abort();
+        self.watchdog = None;
         assert!(
             self.server.wait(Duration::from_secs(10)) || std::thread::panicking(),
             "the server did not end"

@@ -27,6 +27,21 @@ pub(crate) fn inherit(command: &mut Command, fd: BorrowedFd<'_>) {
     unsafe { command.pre_exec(clear) };
 }
 
+/// Has a child get SIGTERM when the thread that starts it dies.
+pub(crate) fn end_with_this_thread(command: &mut Command) {
+    let ask = || {
+        // SAFETY: this prctl touches no memory and may be called after fork.
+        let result = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) };
+        if result < 0 {
+            Err(std::io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
+    };
+    // SAFETY: the closure makes one async-signal-safe system call and allocates nothing.
+    unsafe { command.pre_exec(ask) };
+}
+
 extern "C" fn ignore(_: libc::c_int) {}
 
 /// Installs a handler for SIGALRM that does nothing, with SA_RESTART.
