@@ -232,7 +232,7 @@ fn no_signal_of_a_storm_is_lost() {
             char c; check(read(p[0], &c, 1) == 1);
             kill(child, SIGKILL);
             for (int i = 0; i < 1000 && got < 40000; i++) usleep(1000);
-            char line[128]; snprintf(line, sizeof line, "%d %d %d", got, disorder, plain > 0); say(line);
+            char line[128]; snprintf(line, sizeof line, "%d %d %d", got, disorder, plain > 0); say(line); pause();
         }
         "#,
     );

@@ -3,7 +3,7 @@
 use rustix::io::Errno;
 
 use crate::ids::{Pid, Tid};
-use crate::proc::ProcError;
+use crate::proc::{ProcError, stat};
 use crate::stop::StopError;
 
 /// Why a system call could not be made in a target. The calls' own errors are not among them.
@@ -138,11 +138,32 @@ pub enum RemoteError {
     },
 }
 
-/// The error of a request of ours; a process that does not exist any more is gone.
+/// The error of a request of ours. Requests to a thread that does not stand still fail in the same way as to one that is gone, so look.
 pub(super) fn refused(pid: Pid, what: &'static str, errno: Errno) -> RemoteError {
-    if errno == Errno::SRCH {
+    if is_gone(pid) {
         RemoteError::Gone { pid }
     } else {
         RemoteError::Refused { pid, what, errno }
+    }
+}
+
+/// The error of reading or writing memory.
+pub(super) fn unreachable_memory(pid: Pid, address: u64, errno: Errno) -> RemoteError {
+    if is_gone(pid) {
+        RemoteError::Gone { pid }
+    } else {
+        RemoteError::Memory {
+            pid,
+            address,
+            errno,
+        }
+    }
+}
+
+/// Whether a process has exited or is about to. A dead leader with living threads is not gone.
+fn is_gone(pid: Pid) -> bool {
+    match stat::of_process(pid) {
+        Ok(stat) => stat.threads <= 1 && (stat.state.is_dead() || stat.is_exiting()),
+        Err(error) => error.is_gone(),
     }
 }

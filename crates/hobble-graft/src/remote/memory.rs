@@ -13,6 +13,7 @@ use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use rustix::io::Errno;
 
 use super::RemoteError;
+use super::error::unreachable_memory;
 use crate::ids::{Pid, Tid};
 use crate::stop::sys;
 
@@ -52,15 +53,7 @@ impl Memory {
     }
 
     fn error(&self, address: u64, errno: Errno) -> RemoteError {
-        if errno == Errno::SRCH {
-            RemoteError::Gone { pid: self.pid }
-        } else {
-            RemoteError::Memory {
-                pid: self.pid,
-                address,
-                errno,
-            }
-        }
+        unreachable_memory(self.pid, address, errno)
     }
 
     /// Fills `bytes` from `address`.
@@ -97,11 +90,12 @@ impl Memory {
         let written = self
             .file()
             .and_then(|file| file.write_all_at(bytes, address).map_err(|e| errno(&e)));
-        if written.is_ok() {
+        let Err(refused) = written else {
             return Ok(());
-        }
+        };
+        // A poke into a thread that does not stand still fails with ESRCH, as into one that is gone: tell what came first.
         self.poke(address, bytes)
-            .map_err(|errno| self.error(address, errno))
+            .map_err(|_| self.error(address, refused))
     }
 
     /// Word by word; a last partial word keeps the bytes behind it.
@@ -126,5 +120,56 @@ impl Memory {
         let mut word = [0; 8];
         self.read(address, &mut word)?;
         Ok(u64::from_le_bytes(word))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::ids::ProcessId;
+    use crate::stop::{Deadline, StopError, Tracer};
+
+    #[test]
+    fn every_way_of_writing_reaches_memory_that_the_program_may_not_write() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let id = ProcessId::of(Pid::new(child.id().cast_signed()).unwrap()).unwrap();
+        let result = Tracer::scope(|tracer| -> Result<(), StopError> {
+            let stopped = tracer.stop_all(&[id], Deadline::after(Duration::from_secs(5)))?;
+            let vdso = crate::proc::maps::of_process(id.pid).unwrap();
+            let vdso = vdso.iter().find(|e| e.name == b"[vdso]").unwrap();
+            // The last bytes of the vDSO's last page are padding.
+            let at = vdso.end - 64;
+            let mut memory = Memory::new(id.pid, id.pid.leader());
+            let read = |memory: &mut Memory| {
+                let mut bytes = [0; 32];
+                memory.read(at, &mut bytes).unwrap();
+                bytes
+            };
+            assert_eq!(read(&mut memory), [0; 32]);
+            let text: [u8; 21] = std::array::from_fn(|i| i as u8 + 1);
+            memory.poke(at, &text).unwrap();
+            assert_eq!(read(&mut memory)[..21], text);
+            assert_eq!(
+                read(&mut memory)[21..],
+                [0; 11],
+                "bytes behind a partial word are kept"
+            );
+            memory.force(at, &[0; 32]).unwrap();
+            assert_eq!(read(&mut memory), [0; 32]);
+            assert!(matches!(
+                memory.write(16, &text),
+                Err(RemoteError::Memory { address: 16, .. })
+            ));
+            drop(stopped);
+            Ok(())
+        });
+        child.kill().unwrap();
+        child.wait().unwrap();
+        result.unwrap();
     }
 }

@@ -76,6 +76,9 @@ const _: () = assert!(CELLS + 4 * (MESSAGE_DESCRIPTORS as u64 + 1) <= SCRATCH_LE
 /// How long the code in the target waits for a word of ours before it takes us for dead.
 const SILENCE: i64 = 2;
 
+/// The same, with a margin for the time between our looking at the clock and its hearing from us.
+const TAKEN_FOR_DEAD: Duration = Duration::from_millis(1_800);
+
 /// How often it must hear from us.
 const SPEAK_EVERY: Duration = Duration::from_millis(500);
 
@@ -90,6 +93,8 @@ const MAP_FIXED_NOREPLACE: u64 = 0x10_0000;
 enum Position {
     /// In a stop, its registers ours to set.
     Trapped,
+    /// Making a call that we trace, or about to.
+    Calling,
     /// Serving batches, or on its way into the wait for the next.
     Serving,
     /// Not ours any more: gone, or gone on by itself.
@@ -113,6 +118,8 @@ pub struct Borrowed<'s> {
     socket: Option<OwnedFd>,
     scratch: u64,
     is_blocked: bool,
+    /// Whether the cells in the scratch mapping hold numbers; zeroes before that would name descriptor 0.
+    has_cells: bool,
     /// When the code in the target last heard from us.
     spoken: Instant,
 }
@@ -200,6 +207,7 @@ impl<'s> Borrowed<'s> {
             socket: None,
             scratch: 0,
             is_blocked: false,
+            has_cells: false,
             spoken: Instant::now(),
         };
         // From here on Drop gives the thread back.
@@ -228,18 +236,26 @@ impl<'s> Borrowed<'s> {
         // Recorded before it is made: if we die in between, the code unmaps nothing, or what it has just made. Nobody else maps memory in the
         // middle of the largest hole in these microseconds.
         self.set_ending((scratch, SCRATCH_LENGTH), (0, 0))?;
-        let got = self.call(
+        // Whether the call has been made is not known when it is cut short; unmapping a hole does nothing.
+        self.scratch = scratch;
+        let mapped = self.call(
             "mmap",
             libc::SYS_mmap,
             [scratch, SCRATCH_LENGTH, protection, flags, none, 0],
             deadline,
-        )?;
+        );
+        if let Err(RemoteError::Call { .. }) = &mapped {
+            self.scratch = 0;
+            self.set_ending((0, 0), (0, 0))?;
+        }
+        let got = mapped?;
         self.scratch = got;
         if got != scratch {
             // A kernel before 4.17 takes the flag for a hint.
             self.set_ending((got, SCRATCH_LENGTH), (0, 0))?;
         }
         self.write_header()?;
+        self.has_cells = true;
         let cleanup = (
             got + CLEANUP,
             got + CLEANUP + (MESSAGE_DESCRIPTORS + 2) as u64 * ENTRY_SIZE as u64,
@@ -382,6 +398,7 @@ impl<'s> Borrowed<'s> {
         let after = self.residue.code_address + self.image.one_return();
         let mut stops = 0;
         loop {
+            self.position = Position::Calling;
             ptrace::resume_to_call(self.tid, 0)
                 .map_err(|errno| refused(self.pid, "resume a thread", errno))?;
             let now = self.await_stop(true, deadline)?;
@@ -492,6 +509,9 @@ impl<'s> Borrowed<'s> {
         calls: &mut [Call],
         deadline: Deadline,
     ) -> Result<(), RemoteError> {
+        if self.position == Position::Serving && self.spoken.elapsed() >= TAKEN_FOR_DEAD {
+            return Err(RemoteError::Lost { tid: self.tid });
+        }
         let mut descriptors = Some(descriptors).filter(|list| !list.is_empty());
         for batch in calls.chunks_mut(TABLE_ENTRIES) {
             let bytes: Vec<u8> = batch.iter().flat_map(|call| call.0.to_bytes()).collect();
@@ -539,7 +559,7 @@ impl<'s> Borrowed<'s> {
     fn start_batch(&mut self) -> Result<(), RemoteError> {
         self.spoken = Instant::now();
         match self.position {
-            Position::Away => Err(RemoteError::Lost { tid: self.tid }),
+            Position::Away | Position::Calling => Err(RemoteError::Lost { tid: self.tid }),
             Position::Trapped => {
                 let entry = self.residue.code_address + self.image.entry_batch();
                 let registers = self.registers.for_call(entry, 0, [0; 6]);
@@ -711,7 +731,7 @@ impl<'s> Borrowed<'s> {
     fn try_give_back(&mut self, deadline: Deadline) -> Result<(), RemoteError> {
         match self.position {
             Position::Away => return Ok(()),
-            Position::Serving => {
+            Position::Serving | Position::Calling => {
                 ptrace::interrupt(self.tid)
                     .map_err(|errno| refused(self.pid, "stop a thread", errno))?;
                 let now = self.await_stop(false, deadline)?;
@@ -761,9 +781,8 @@ impl<'s> Borrowed<'s> {
         }
     }
 
-    /// Closes and unmaps what we made. The record of a descriptor is cleared before it is closed: were we to die in between, a leak is
-    /// harmless and a number closed twice is not.
-    fn close_leftovers(&mut self, deadline: Deadline) -> Result<(), RemoteError> {
+    /// Closes what the cells still hold.
+    fn close_cells(&mut self, deadline: Deadline) -> Result<(), RemoteError> {
         let mut cells = [0; 4 * MESSAGE_DESCRIPTORS];
         let mut ends = [0; 8];
         self.memory.read(self.scratch + CELLS, &mut cells)?;
@@ -783,6 +802,16 @@ impl<'s> Borrowed<'s> {
                 [u64::from(fd.cast_unsigned()), 0, 0, 0, 0, 0],
                 deadline,
             )?;
+        }
+        self.has_cells = false;
+        Ok(())
+    }
+
+    /// Closes and unmaps what we made. The record of a descriptor is cleared before it is closed: were we to die in between, a leak is
+    /// harmless and a number closed twice is not.
+    fn close_leftovers(&mut self, deadline: Deadline) -> Result<(), RemoteError> {
+        if self.has_cells {
+            self.close_cells(deadline)?;
         }
         // The table is about to go; unmapping twice is harmless, see above.
         self.set_ending((self.scratch, SCRATCH_LENGTH), (0, 0))?;

@@ -8,12 +8,13 @@
 //! * A thread that stands still does so in a `PTRACE_EVENT_STOP` inside `get_signal`, before the kernel has decided
 //!   whether the system call it was in is restarted. When it goes on, the kernel decides, knowing the signals that have come
 //!   meanwhile: nothing is rewound by hand. The one exception are calls that return `EINTR` after any stop:
-//!   they are given the number that means "again unless a handler runs", at once, so that even our death leaves no `EINTR` behind.
+//!   they are given the number that means "again unless a handler runs" as soon as the stop is seen, so that our death after that leaves
+//!   no `EINTR` behind. (Our being killed between the request and that moment does: some microseconds per thread, as after SIGSTOP.)
 //! * No signal is taken away: one that shows up before the stop is delivered (its handler starts after the release), the others stay in
 //!   the kernel's queues, real-time signals with their order and count.
 //! * A group stop is kept: the kernel reinstates it when we detach (`__ptrace_unlink`).
 //!
-//! What remains if we die anywhere in here: nothing.
+//! What remains if we die anywhere in here: nothing but that.
 
 mod deadline;
 mod facts;

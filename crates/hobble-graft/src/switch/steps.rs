@@ -115,7 +115,8 @@ pub trait LockHandover {
     /// The switch is rolled back.
     fn before(&mut self, locks: &[MovedLock], way: Way) -> io::Result<()>;
 
-    /// See step 5.
+    /// See step 5. With [`Way::Back`] it may come without a [`LockHandover::before`] of that way: when the switch failed before step 3, only to
+    /// say that the locks are as they were.
     ///
     /// # Errors
     /// The switch is rolled back.
