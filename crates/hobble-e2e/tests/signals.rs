@@ -31,10 +31,14 @@ fn nothing_is_interrupted() -> Result<()> {
                 target.expect("report").context("after attaching")?;
                 // Most of the time a read is parked: what follows hits it there.
                 pause(100);
+                target.expect("stops 1")?;
                 target.signal(Signal::SIGSTOP)?;
                 pause(60);
                 target.signal(Signal::SIGCONT)?;
-                pause(250);
+                // Reads are never interrupted, waits are as natively.
+                target
+                    .expect("stops 0")
+                    .context("after SIGSTOP and SIGCONT")?;
                 target.expect("storm 100").context("with reads parked")?;
                 let seen = target.expect("report").context("with reads parked")?;
                 ensure!(

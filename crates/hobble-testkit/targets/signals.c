@@ -3,12 +3,13 @@
  * Waits in every way that a stop might disturb, and reads FILE under a timer whose handler is SA_RESTART. No call may see EINTR,
  * no wait may end early, no read may fail or come back short, whatever is done to the program from outside.
  *
- * Commands: report, reset, storm N (N real-time signals to itself, each must arrive), quit. */
+ * Commands: report, reset, storm N (N real-time signals to itself, each must arrive), stops 0|1 (while 1, the calls that SIGCONT
+ * interrupts natively may be: signal(7), "Interruption of system calls and library functions by stop signals"), quit. */
 
 #define WAIT_MS 120
 
 static atomic_long ticks, reads, waits, storm;
-static atomic_int slow_reads;
+static atomic_int slow_reads, stops;
 static int file;
 
 static void on_alarm(int signal) {
@@ -47,6 +48,8 @@ static void waited(const char *what, int64_t start, bool timed_out) {
     int error = errno;
     int64_t took = (now_ns() - start) / 1000000;
     atomic_fetch_add(&waits, 1);
+    if (atomic_load(&stops) && (timed_out || error == EINTR))
+        return;
     if (!timed_out)
         fail("%s: %s", what, strerror(error));
     else if (took < WAIT_MS - 2)
@@ -174,6 +177,11 @@ int main(int argc, char **argv) {
                 nap_us(1000);
             if (atomic_load(&storm) - before != signals)
                 fail("%ld of %d real-time signals arrived", atomic_load(&storm) - before, signals);
+        } else if (!strncmp(line, "stops ", 6)) {
+            /* Waits that began before are over after this. */
+            if (line[6] == '0')
+                nap_us(WAIT_MS * 2000);
+            atomic_store(&stops, line[6] == '1');
         } else if (!quit && strcmp(line, "report")) {
             fail("unknown command %s", line);
         }
