@@ -61,7 +61,7 @@ pub struct Adoption {
 /// A moved description.
 #[derive(Debug)]
 pub(crate) struct Adopted {
-    id: AdoptedId,
+    pub(crate) id: AdoptedId,
     pub(crate) node: Arc<Node>,
     pub(crate) original: Arc<OwnedFd>,
     facts: Adoption,
@@ -81,17 +81,6 @@ impl std::fmt::Debug for Node {
 pub(crate) struct Table {
     next: AtomicU64,
     adopted: Mutex<HashMap<AdoptedId, Arc<Adopted>>>,
-}
-
-impl Adopted {
-    /// The last stand-in was closed by its programs, so the original is closed as well.
-    pub(crate) fn closed(&self, table: &Table) {
-        let _ = table;
-        tracing::debug!(
-            id = self.id.0,
-            "the last stand-in of a moved description was closed"
-        );
-    }
 }
 
 /// What is known about an open file of the hook.
@@ -198,12 +187,18 @@ impl Mirror {
         Ok(id)
     }
 
-    /// Forgets a moved description: nothing stands in for it any more, or nothing ever did. Its last copy closes it.
+    /// Forgets a moved description that nothing stands in for. Happens by itself when the last stand-in that has a handle (all but `O_PATH`) was closed by its programs:
+    /// that closes the original, as it would have been without the hook.
     pub fn disown(&self, id: AdoptedId) {
-        let adopted = lock(&self.inner.adopted.adopted).remove(&id);
-        if let Some(adopted) = adopted {
-            self.inner.store.forget(adopted.node.id, 1);
-        }
+        self.inner.disown(id);
+    }
+
+    /// Another descriptor of the original of a moved description.
+    ///
+    /// # Errors
+    /// `EINVAL` for an unknown id; `EMFILE`.
+    pub fn original(&self, id: AdoptedId) -> io::Result<OwnedFd> {
+        self.inner.adopted(id)?.original.try_clone()
     }
 
     /// Opens a stand-in for a moved description on `mount` (the hook's mount or its root directory), from the calling thread, which must not serve requests. Access
@@ -397,6 +392,14 @@ impl Mirror {
 }
 
 impl Inner {
+    /// Forgets a moved description. Its last descriptor closes it, which drops its locks.
+    pub(crate) fn disown(&self, id: AdoptedId) {
+        let adopted = lock(&self.adopted.adopted).remove(&id);
+        if let Some(adopted) = adopted {
+            self.store.forget(adopted.node.id, 1);
+        }
+    }
+
     fn adopted(&self, id: AdoptedId) -> io::Result<Arc<Adopted>> {
         lock(&self.adopted.adopted)
             .get(&id)

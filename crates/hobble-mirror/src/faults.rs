@@ -6,11 +6,11 @@
 
 use std::cell::OnceCell;
 use std::ffi::CString;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
-use hobble_fuse::park::Wait;
+use hobble_fuse::park::{Wait, Wake};
 use hobble_fuse::{Caller, InjectedErrno, NodeId, Op, Reply, Request};
 use hobble_rules::{
     CallerFacts as RuleCaller, Comm, Decision, FileId, Op as RuleOp, OpContext, OpSet, PathMatch,
@@ -19,7 +19,7 @@ use hobble_rules::{
 
 use crate::adopt::HandleId;
 use crate::config::{CallerFacts, Callers};
-use crate::lock::{read, write};
+use crate::lock::{lock, read, write};
 use crate::mirror::Inner;
 use crate::store::{Link, Matched, Node};
 use crate::sys::identity;
@@ -30,6 +30,58 @@ pub(crate) struct Rules {
     /// One bit per operation that some rule names; 0 without a plan.
     ops: AtomicU64,
     active: RwLock<Option<Active>>,
+    /// Operations in progress, so that a change of the plan can wait for those that began under the old one.
+    progress: Progress,
+    /// One change at a time.
+    changing: Mutex<()>,
+}
+
+/// Counts operations in progress in two classes: those that began before the last change of the plan, and those since.
+#[derive(Default)]
+struct Progress {
+    class: AtomicUsize,
+    counts: [AtomicUsize; 2],
+}
+
+/// One operation in progress.
+pub(crate) struct InProgress<'a>(&'a AtomicUsize);
+
+impl Drop for InProgress<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
+    }
+}
+
+impl Progress {
+    fn begin(&self) -> InProgress<'_> {
+        let [even, odd] = &self.counts;
+        loop {
+            let class = self.class.load(Ordering::SeqCst);
+            let count = if class.is_multiple_of(2) { even } else { odd };
+            count.fetch_add(1, Ordering::SeqCst);
+            let begun = InProgress(count);
+            // If the class changed in between, whoever changed it may have looked already.
+            if self.class.load(Ordering::SeqCst) == class {
+                return begun;
+            }
+        }
+    }
+
+    /// Begins a new class and waits until no operation of the old one is in progress. `false` when that took too long.
+    fn drain(&self, limit: Duration) -> bool {
+        let [even, odd] = &self.counts;
+        let class = self.class.fetch_add(1, Ordering::SeqCst);
+        let count = if class.is_multiple_of(2) { even } else { odd };
+        let end = Instant::now() + limit;
+        while count.load(Ordering::SeqCst) != 0 {
+            if Instant::now() >= end {
+                return false;
+            }
+            // Operations take microseconds; one that hangs in the backing filesystem is not worth a wake-up of its own.
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        true
+    }
 }
 
 #[derive(Clone)]
@@ -232,9 +284,13 @@ impl Inner {
                 return;
             }
         };
-        let Some(decision) = self
+        if matches!(op, Op::Forget { .. } | Op::BatchForget(_)) {
+            return self.perform(&request, op, reply, &Decision::default());
+        }
+        let in_progress = self.rules.progress.begin();
+        let Some((decision, generation)) = self
             .decide(&request, &op)
-            .filter(|decision| !decision.is_pass())
+            .filter(|(decision, _)| !decision.is_pass())
         else {
             return self.perform(&request, op, reply, &Decision::default());
         };
@@ -247,22 +303,48 @@ impl Inner {
         } else {
             until
         };
+        drop(in_progress);
         let inner = Arc::clone(self);
         // Decoded again afterwards: the operation borrows from the request, which moves.
         self.lot
-            .park(request, reply, wait, move |request, reply, _wake| {
-                if let Err(error) = identity::enter() {
-                    tracing::error!(%error, "a worker has no credentials to serve with");
-                    reply.error(crate::error::errno(&error));
-                    return;
-                }
-                match request.op() {
-                    Ok(op) => inner.carry_out(&request, op, reply, &decision),
-                    Err(error) => {
-                        reply.malformed(&error);
-                    }
-                }
+            .park(request, reply, wait, move |request, reply, wake| {
+                inner.resume(&request, reply, wake, &decision, generation);
             });
+    }
+
+    /// The delay of an operation has ended.
+    ///
+    /// What was cut short is carried out as if there were no rule, and so is what a plan decided that is no longer in force: nothing is faulted after the rules have gone.
+    fn resume(
+        self: &Arc<Self>,
+        request: &Request,
+        reply: Reply,
+        wake: Wake,
+        decision: &Decision,
+        generation: u64,
+    ) {
+        if let Err(error) = identity::enter() {
+            tracing::error!(%error, "a worker has no credentials to serve with");
+            reply.error(crate::error::errno(&error));
+            return;
+        }
+        let _in_progress = self.rules.progress.begin();
+        let in_force = self
+            .rules
+            .active()
+            .is_some_and(|active| active.plan.generation() == generation);
+        let plain = Decision::default();
+        let decision = if wake == Wake::Deadline && in_force {
+            decision
+        } else {
+            &plain
+        };
+        match request.op() {
+            Ok(op) => self.carry_out(request, op, reply, decision),
+            Err(error) => {
+                reply.malformed(&error);
+            }
+        }
     }
 
     /// What comes after the delay.
@@ -292,8 +374,8 @@ impl Inner {
         }
     }
 
-    /// What the rules say; `None` when they say nothing.
-    fn decide(&self, request: &Request, op: &Op<'_>) -> Option<Decision> {
+    /// What the rules say, and the generation of the plan that says it; `None` when they say nothing.
+    fn decide(&self, request: &Request, op: &Op<'_>) -> Option<(Decision, u64)> {
         let name = rule_op(op)?;
         if !self.rules.name(name) {
             return None;
@@ -319,7 +401,7 @@ impl Inner {
             callers: &*self.callers,
             facts: OnceCell::new(),
         };
-        Some(active.plan.decide(&OpContext {
+        let decision = active.plan.decide(&OpContext {
             op: name,
             paths: &paths,
             caller: &asker,
@@ -327,7 +409,8 @@ impl Inner {
             len,
             now: active.origin.elapsed(),
             file: FileId(request.node().0),
-        }))
+        });
+        Some((decision, active.plan.generation()))
     }
 
     /// What the rules say about the paths that an operation works on.
@@ -400,6 +483,7 @@ impl Inner {
 
     /// Swaps the plan. See [`crate::Mirror::set_plan`].
     pub(crate) fn set_plan(&self, plan: Option<(Arc<Plan>, Instant)>) -> PlanChange {
+        let _alone = lock(&self.rules.changing);
         let new = plan.map(|(plan, origin)| Active { plan, origin });
         let ops = new.as_ref().map_or(0, |active| bits(active.plan.ops()));
         let old = {
@@ -413,9 +497,11 @@ impl Inner {
             .flatten()
             .map(|active| &*active.plan)
             .collect();
+        // What is answered from now on follows the new plan; what was answered before is then dropped from the kernel's caches.
+        let drained = self.rules.progress.drain(SETTLE);
         self.invalidate(&plans);
         let mut change = self.misfits(new.as_ref().map(|active| &*active.plan));
-        change.settled = self.kernel.get().is_none_or(|kernel| kernel.flush(SETTLE));
+        change.settled = self.kernel.get().is_none_or(|kernel| kernel.flush(SETTLE)) && drained;
         change
     }
 

@@ -18,6 +18,7 @@ use crate::error::MirrorError;
 use crate::faults::{PlanChange, Rules};
 use crate::handle::Handles;
 use crate::locks::{LockTable, Locks};
+use crate::ops::Turn;
 use crate::store::Store;
 use crate::sys::identity;
 
@@ -221,6 +222,7 @@ impl Inner {
         decision: &Decision,
     ) {
         let caller = request.caller();
+        let turn = Turn { caller, decision };
         let node = request.node();
         match op {
             Op::Forget { references } => {
@@ -233,33 +235,33 @@ impl Inner {
                 }
                 reply.none();
             }
-            Op::Lookup { name } => self.lookup(node, name, caller, reply, decision),
-            Op::Getattr { fh } => self.getattr(node, fh, caller, reply, decision),
+            Op::Lookup { name } => self.lookup(node, name, turn, reply),
+            Op::Getattr { fh } => self.getattr(node, fh, turn, reply),
             Op::Statx {
                 fh,
                 flags: _,
                 mask: _,
-            } => self.statx(node, fh, caller, reply, decision),
-            Op::Setattr(change) => self.setattr(node, &change, caller, reply, decision),
+            } => self.statx(node, fh, turn, reply),
+            Op::Setattr(change) => self.setattr(node, &change, turn, reply),
             Op::Readlink => self.readlink(node, reply),
             Op::Symlink {
                 name,
                 target,
                 creation,
-            } => self.symlink(node, name, target, &creation, caller, reply, decision),
+            } => self.symlink(node, name, target, &creation, turn, reply),
             Op::Mknod {
                 name,
                 mode,
                 rdev,
                 creation,
             } => {
-                self.mknod(node, name, (mode, rdev), &creation, caller, reply, decision);
+                self.mknod(node, name, (mode, rdev), &creation, turn, reply);
             }
             Op::Mkdir {
                 name,
                 mode,
                 creation,
-            } => self.mkdir(node, name, mode, &creation, caller, reply, decision),
+            } => self.mkdir(node, name, mode, &creation, turn, reply),
             Op::Unlink { name } => self.unlink(node, name, false, caller, reply),
             Op::Rmdir { name } => self.unlink(node, name, true, caller, reply),
             Op::Rename {
@@ -270,9 +272,7 @@ impl Inner {
             } => {
                 self.rename((node, name), (new_parent, new_name), flags, caller, reply);
             }
-            Op::Link { source, new_name } => {
-                self.link(source, node, new_name, caller, reply, decision)
-            }
+            Op::Link { source, new_name } => self.link(source, node, new_name, turn, reply),
             Op::Open {
                 flags,
                 kill_suidgid,
@@ -289,16 +289,15 @@ impl Inner {
                     name,
                     (flags, mode, kill_suidgid),
                     &creation,
-                    caller,
+                    turn,
                     reply,
-                    decision,
                 );
             }
             Op::Tmpfile {
                 flags,
                 mode,
                 creation,
-            } => self.tmpfile(node, flags, mode, &creation, caller, reply, decision),
+            } => self.tmpfile(node, flags, mode, &creation, turn, reply),
             Op::Read {
                 fh,
                 offset,
@@ -323,9 +322,8 @@ impl Inner {
                     offset,
                     data,
                     (kill_suidgid, from_cache),
-                    caller,
+                    turn,
                     reply,
-                    decision,
                 );
             }
             Op::Statfs => self.statfs(node, reply),

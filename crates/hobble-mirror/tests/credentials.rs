@@ -13,6 +13,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::process::{Command, Output};
 
+use hobble_mirror::Caching;
 use hobble_testkit::namespace::Namespace;
 use hobble_testkit::volume::{Kind, Volume};
 use support::{Hook, Options, with};
@@ -49,9 +50,14 @@ fn ok(output: &Output) -> String {
 }
 
 fn both(body: impl Fn(&Hook)) {
-    with(Kind::Ext4, Options::default(), &body);
-    with(Kind::Ext4, Options::without_passthrough(), &body);
-    with(Kind::Xfs, Options::default(), |hook| {
+    // Directories are prepared behind the hook: nothing may be cached.
+    let fresh = |options: Options| Options {
+        caching: Caching::NONE,
+        ..options
+    };
+    with(Kind::Ext4, fresh(Options::default()), &body);
+    with(Kind::Ext4, fresh(Options::without_passthrough()), &body);
+    with(Kind::Xfs, fresh(Options::default()), |hook| {
         // Every operation through the server.
         hook.inject(&["errno=EIO op=read,write percent=0"]);
         body(hook);
@@ -75,13 +81,7 @@ fn compare(
         fs::set_permissions(directory, fs::Permissions::from_mode(0o777)).unwrap();
         prepare(directory);
     }
-    // A directory that the kernel has not seen before.
     let shown = hook.at("hooked");
-    while fs::metadata(&shown).map(|metadata| metadata.ino()).ok()
-        != Some(fs::metadata(&hooked).unwrap().ino())
-    {
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
     let expected = run_as(uid, gid, groups, &native, script);
     let found = run_as(uid, gid, groups, &shown, script);
     let said = |output: &Output| {
@@ -172,21 +172,29 @@ fn set_id_bits_go_when_somebody_else_writes_truncates_or_changes_the_owner() {
         compare(hook, prepare, 4321, 4321, "", &script);
     });
     // Through the server root keeps them, as natively. (In passthrough the kernel writes with credentials that clear them: see the crate's documentation.)
-    with(Kind::Ext4, Options::without_passthrough(), |hook| {
-        let prepare = |directory: &Path| {
-            fs::write(directory.join("f"), "content").unwrap();
-            fs::set_permissions(directory.join("f"), fs::Permissions::from_mode(0o6777)).unwrap();
-        };
-        let shown = compare(
-            hook,
-            prepare,
-            0,
-            0,
-            "",
-            &format!("printf X | dd of=f conv=notrunc 2>/dev/null; truncate -s 3 f; {LIST}"),
-        );
-        assert!(shown.contains("f 8dff"), "{shown}");
-    });
+    with(
+        Kind::Ext4,
+        Options {
+            caching: Caching::NONE,
+            ..Options::without_passthrough()
+        },
+        |hook| {
+            let prepare = |directory: &Path| {
+                fs::write(directory.join("f"), "content").unwrap();
+                fs::set_permissions(directory.join("f"), fs::Permissions::from_mode(0o6777))
+                    .unwrap();
+            };
+            let shown = compare(
+                hook,
+                prepare,
+                0,
+                0,
+                "",
+                &format!("printf X | dd of=f conv=notrunc 2>/dev/null; truncate -s 3 f; {LIST}"),
+            );
+            assert!(shown.contains("f 8dff"), "{shown}");
+        },
+    );
 }
 
 #[test]

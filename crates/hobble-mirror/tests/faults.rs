@@ -656,6 +656,7 @@ fn direct_and_synchronous_writes_go_through_the_server_as_they_are() {
                 .read(true)
                 .write(true)
                 .create(true)
+                .truncate(false)
                 .custom_flags(flags)
                 .open(hook.at(format!("f-{flags}")))
                 .unwrap();

@@ -81,6 +81,7 @@ fn a_file_with_a_name_is_stood_in_for_with_its_flags() {
                 .read(true)
                 .write(true)
                 .create(true)
+                .truncate(false)
                 .custom_flags(flags)
                 .open(hook.behind("d/f"))
                 .unwrap();
@@ -135,6 +136,7 @@ fn an_unlinked_file_is_stood_in_for_and_shown_as_deleted() {
             .read(true)
             .write(true)
             .create(true)
+            .truncate(false)
             .open(hook.behind("d/gone"))
             .unwrap();
         original.write_all_at(b"still here", 0).unwrap();
@@ -173,6 +175,7 @@ fn a_name_that_is_somebody_elses_by_now_is_left_alone() {
             .read(true)
             .write(true)
             .create(true)
+            .truncate(false)
             .open(hook.behind("f"))
             .unwrap();
         original.write_all_at(b"old", 0).unwrap();
@@ -359,6 +362,7 @@ fn flags_changed_while_attached_are_those_given_back() {
         let original = OpenOptions::new()
             .write(true)
             .create(true)
+            .truncate(false)
             .open(hook.behind("f"))
             .unwrap();
         original.write_all_at(b"0123456789", 0).unwrap();
@@ -396,6 +400,7 @@ fn a_door_is_never_faulted_nor_delayed() {
             .read(true)
             .write(true)
             .create(true)
+            .truncate(false)
             .open(hook.behind("d/f"))
             .unwrap();
         hook.inject(&["latency=60s errno=EIO op=lookup,getattr,open,getlk,ioctl,opendir"]);

@@ -421,12 +421,13 @@ impl LockTable {
                 *wait = Some(started)
             }
             (Ok(_), _) => {}
-            (Err(error), _) => match state.waiting.remove(&unique) {
-                Some(Waiting::Outside { reply, .. } | Waiting::Flock { reply, .. }) => {
-                    answers.push((reply, Err(error)))
+            (Err(error), _) => {
+                if let Some(Waiting::Outside { reply, .. } | Waiting::Flock { reply, .. }) =
+                    state.waiting.remove(&unique)
+                {
+                    answers.push((reply, Err(error)));
                 }
-                _ => {}
-            },
+            }
         }
     }
 
@@ -617,12 +618,6 @@ impl LockTable {
             self.interrupt(unique);
         }
     }
-
-    /// How many requests wait for a lock.
-    #[cfg(test)]
-    pub(crate) fn waiting(&self) -> usize {
-        lock(&self.state).waiting.len()
-    }
 }
 
 fn is_conflict(error: &io::Error) -> bool {
@@ -641,6 +636,3 @@ fn file_lock(kind: LockKind, range: LockRange, pid: u32) -> FileLock {
         pid,
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -5,10 +5,9 @@ use std::os::fd::AsFd;
 
 use hobble_fuse::types::{SetAttr, SetTime, StatFs};
 use hobble_fuse::{Caller, Fh, NodeId, Reply};
-use hobble_rules::Decision;
 use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Statx, Timespec, Timestamps, Uid};
 
-use super::{act_as, error, fail, setid_by, setid_of};
+use super::{Turn, act_as, error, fail, setid_by, setid_of};
 use crate::adopt::{IDENTIFY, Identity};
 use crate::attr;
 use crate::fd::ProcName;
@@ -32,14 +31,8 @@ impl Inner {
         }
     }
 
-    pub(crate) fn getattr(
-        &self,
-        id: NodeId,
-        fh: Option<Fh>,
-        caller: Caller,
-        reply: Reply,
-        decision: &Decision,
-    ) {
+    pub(crate) fn getattr(&self, id: NodeId, fh: Option<Fh>, turn: Turn<'_>, reply: Reply) {
+        let Turn { caller, decision } = turn;
         self.seen_by_door(id, caller);
         match self
             .node(id)
@@ -53,14 +46,8 @@ impl Inner {
         }
     }
 
-    pub(crate) fn statx(
-        &self,
-        id: NodeId,
-        fh: Option<Fh>,
-        caller: Caller,
-        reply: Reply,
-        decision: &Decision,
-    ) {
+    pub(crate) fn statx(&self, id: NodeId, fh: Option<Fh>, turn: Turn<'_>, reply: Reply) {
+        let Turn { caller, decision } = turn;
         self.seen_by_door(id, caller);
         match self
             .node(id)
@@ -76,14 +63,8 @@ impl Inner {
         }
     }
 
-    pub(crate) fn setattr(
-        &self,
-        id: NodeId,
-        change: &SetAttr,
-        caller: Caller,
-        reply: Reply,
-        decision: &Decision,
-    ) {
+    pub(crate) fn setattr(&self, id: NodeId, change: &SetAttr, turn: Turn<'_>, reply: Reply) {
+        let Turn { caller, decision } = turn;
         let changed = self.node(id).and_then(|node| {
             let fd = self.fd_of(&node)?;
             let file = change.fh.and_then(|fh| self.handles.get(fh).ok());

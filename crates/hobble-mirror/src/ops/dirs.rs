@@ -57,8 +57,7 @@ impl Inner {
         let mut memory: Vec<MaybeUninit<u8>> = vec![MaybeUninit::uninit(); room];
         let mut entries = RawDir::new(handle.file.as_fd(), &mut memory);
         let mut last = offset;
-        loop {
-            let Some(entry) = entries.next() else { break };
+        while let Some(entry) = entries.next() {
             let entry = entry?;
             let next = entry.next_entry_cookie();
             let name = Name {

@@ -7,12 +7,12 @@ use std::sync::atomic::Ordering;
 
 use hobble_fuse::decode::CopyRange;
 use hobble_fuse::types::{OpenMode, Opened, Whence};
-use hobble_fuse::{Caller, Delivery, Fh, LockOwner, NodeId, Reply, Request};
+use hobble_fuse::{Backing, Caller, Delivery, Fh, LockOwner, NodeId, Reply, Request};
 use hobble_rules::Decision;
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom, Statx};
 use rustix::io::ReadWriteFlags;
 
-use super::{act_as, error, fail, finish, setid_by, setid_of};
+use super::{Turn, act_as, error, fail, finish, setid_by, setid_of};
 use crate::adopt::Adopted;
 use crate::door::{Door, Purpose};
 use crate::handle::{Handle, New};
@@ -32,6 +32,9 @@ pub(super) fn client_flags(flags: OFlags) -> OFlags {
             | OFlags::NONBLOCK
             | OFlags::TRUNC)
 }
+
+/// A new handle, how the kernel shall treat it, and the backing file for its I/O.
+type Entered = (Arc<Handle>, OpenMode, Option<Arc<Backing>>);
 
 /// A page, on any machine whose pages are not larger.
 const PAGE: u64 = 4096;
@@ -99,7 +102,10 @@ impl Inner {
     }
 
     /// Makes a handle for an open file.
-    fn enter(&self, new: New) -> (Arc<Handle>, OpenMode, Option<Arc<hobble_fuse::Backing>>) {
+    ///
+    /// The plan may change meanwhile. A change looks at all handles after it has taken effect ([`Inner::set_plan`]) and waits for operations in progress before it
+    /// does, so a handle made under the old plan is seen by it.
+    fn enter(&self, new: New) -> Entered {
         let chosen = self.enter_io(&new.node, &new.file, new.flags, new.direct);
         let handle = self.handles.insert(new);
         (handle, chosen.mode, chosen.backing)
@@ -112,7 +118,7 @@ impl Inner {
         node: &Arc<Node>,
         flags: OFlags,
         caller: Caller,
-    ) -> io::Result<Option<(Arc<Handle>, OpenMode, Option<Arc<hobble_fuse::Backing>>)>> {
+    ) -> io::Result<Option<Entered>> {
         let (file, adopted) = match door.purpose() {
             Purpose::Look => return Ok(None),
             Purpose::StandIn(adopted) => {
@@ -176,10 +182,10 @@ impl Inner {
         node: &Arc<Node>,
         stat: &Statx,
         (file, flags): (OwnedFd, OFlags),
-        caller: Caller,
+        turn: Turn<'_>,
         reply: Reply,
-        decision: &Decision,
     ) {
+        let Turn { caller, decision } = turn;
         let file = match self.nativized(node, file, flags) {
             Ok(file) => file,
             Err(error) => {
@@ -215,7 +221,7 @@ impl Inner {
         &self,
         node: &Arc<Node>,
         stat: &Statx,
-        (handle, mode, backing): (Arc<Handle>, OpenMode, Option<Arc<hobble_fuse::Backing>>),
+        (handle, mode, backing): Entered,
         reply: Reply,
         decision: &Decision,
     ) {
@@ -337,10 +343,10 @@ impl Inner {
         offset: u64,
         data: &[u8],
         (kill_suidgid, from_cache): (bool, bool),
-        caller: Caller,
+        turn: Turn<'_>,
         reply: Reply,
-        decision: &Decision,
     ) {
+        let Turn { caller, decision } = turn;
         let mut altered;
         let data = if decision.corrupt.is_empty() {
             data
@@ -394,17 +400,17 @@ impl Inner {
             }
             self.leave_io(&handle.node);
         }
-        // The last close of a description drops its flock; a moved description is also held by the table of adopted ones, and perhaps by the layer above.
-        if let Some(adopted) = &handle.adopted
-            && !leave
-            && !self.handles.all().iter().any(|other| {
+        // With its last stand-in a moved description is closed, unless somebody else has it open: the program, once it was given back.
+        if let Some(adopted) = &handle.adopted {
+            let same = |other: &Arc<Handle>| {
                 other
                     .adopted
                     .as_ref()
-                    .is_some_and(|a| Arc::ptr_eq(a, adopted))
-            })
-        {
-            adopted.closed(&self.adopted);
+                    .is_some_and(|other| Arc::ptr_eq(other, adopted))
+            };
+            if !self.handles.all().iter().any(same) {
+                self.disown(adopted.id);
+            }
         }
     }
 
@@ -445,11 +451,12 @@ impl Inner {
     pub(crate) fn fsync(&self, fh: Fh, datasync: bool, reply: Reply) {
         let synced = self.handles.get(fh).and_then(|handle| {
             let file = handle.file.as_fd();
-            Ok(if datasync {
-                rustix::fs::fdatasync(file)?
+            let synced = if datasync {
+                rustix::fs::fdatasync(file)
             } else {
-                rustix::fs::fsync(file)?
-            })
+                rustix::fs::fsync(file)
+            };
+            Ok(synced?)
         });
         finish(reply, synced);
     }

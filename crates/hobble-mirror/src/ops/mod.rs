@@ -16,10 +16,20 @@ use std::sync::Arc;
 
 use hobble_fuse::{Caller, Creation, NodeId, Reply};
 
+use hobble_rules::Decision;
+
 use crate::error::errno;
 use crate::mirror::Inner;
 use crate::store::Node;
 use crate::sys::identity::{self, Assumed, Setid, Who};
+
+/// Whose turn it is, and what the rules say about it.
+#[derive(Clone, Copy)]
+pub(crate) struct Turn<'a> {
+    pub(crate) caller: Caller,
+    /// Only what alters results: delay and errno have been dealt with.
+    pub(crate) decision: &'a Decision,
+}
 
 /// Answers with the errno of a failed operation.
 fn fail(reply: Reply, error: &io::Error) {

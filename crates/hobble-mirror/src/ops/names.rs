@@ -11,7 +11,7 @@ use hobble_fuse::{Caller, Creation, Delivery, NodeId, Reply};
 use hobble_rules::Decision;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
 
-use super::{act_as, create_as, error, fail, finish, setid_of};
+use super::{Turn, act_as, create_as, error, fail, finish, setid_of};
 use crate::door::Door;
 use crate::mirror::Inner;
 use crate::store::{Found, Node, resolve, stat};
@@ -26,14 +26,8 @@ impl Inner {
     }
 
     /// Finds a name and answers with its node, of which the kernel gains a reference.
-    pub(crate) fn lookup(
-        &self,
-        parent: NodeId,
-        name: &CStr,
-        caller: Caller,
-        reply: Reply,
-        decision: &Decision,
-    ) {
+    pub(crate) fn lookup(&self, parent: NodeId, name: &CStr, turn: Turn<'_>, reply: Reply) {
+        let Turn { caller, decision } = turn;
         if let Some(door) = self.doors.get(caller.tid)
             && door.knows(parent, name.to_bytes())
         {
@@ -161,10 +155,10 @@ impl Inner {
         name: &CStr,
         target: &CStr,
         creation: &Creation<'_>,
-        caller: Caller,
+        turn: Turn<'_>,
         reply: Reply,
-        decision: &Decision,
     ) {
+        let Turn { caller, decision } = turn;
         let made = self.parent(parent).and_then(|directory| {
             let _as_caller = create_as(caller, creation)?;
             Ok(rustix::fs::symlinkat(target, &*directory, name)?)
@@ -178,10 +172,10 @@ impl Inner {
         name: &CStr,
         (mode, rdev): (u32, u32),
         creation: &Creation<'_>,
-        caller: Caller,
+        turn: Turn<'_>,
         reply: Reply,
-        decision: &Decision,
     ) {
+        let Turn { caller, decision } = turn;
         let made = self.parent(parent).and_then(|directory| {
             let _as_caller = create_as(caller, creation)?;
             let (major, minor) = decode_rdev(rdev);
@@ -201,10 +195,10 @@ impl Inner {
         name: &CStr,
         mode: u32,
         creation: &Creation<'_>,
-        caller: Caller,
+        turn: Turn<'_>,
         reply: Reply,
-        decision: &Decision,
     ) {
+        let Turn { caller, decision } = turn;
         let made = self.parent(parent).and_then(|directory| {
             let _as_caller = create_as(caller, creation)?;
             Ok(rustix::fs::mkdirat(
@@ -316,10 +310,10 @@ impl Inner {
         source: NodeId,
         parent: NodeId,
         name: &CStr,
-        caller: Caller,
+        turn: Turn<'_>,
         reply: Reply,
-        decision: &Decision,
     ) {
+        let Turn { caller, decision } = turn;
         let linked = self.node(source).and_then(|node| {
             let file = self.fd_of(&node)?;
             let directory = self.parent(parent)?;
@@ -356,10 +350,10 @@ impl Inner {
         name: &CStr,
         (flags, mode, kill_suidgid): (OFlags, u32, bool),
         creation: &Creation<'_>,
-        caller: Caller,
+        turn: Turn<'_>,
         reply: Reply,
-        decision: &Decision,
     ) {
+        let caller = turn.caller;
         let created = self.parent(parent).and_then(|directory| {
             let wanted = super::files::client_flags(flags);
             let made = self.with_descriptors(|| {
@@ -399,9 +393,7 @@ impl Inner {
             }
         });
         match created {
-            Ok((node, stat, file)) => {
-                self.answer_created(&node, &stat, (file, flags), caller, reply, decision)
-            }
+            Ok((node, stat, file)) => self.answer_created(&node, &stat, (file, flags), turn, reply),
             Err(error) => fail(reply, &error),
         }
     }
@@ -423,10 +415,10 @@ impl Inner {
         flags: OFlags,
         mode: u32,
         creation: &Creation<'_>,
-        caller: Caller,
+        turn: Turn<'_>,
         reply: Reply,
-        decision: &Decision,
     ) {
+        let caller = turn.caller;
         if let Some(door) = self.doors.get(caller.tid)
             && let Some(node) = door.adopted_node()
         {
@@ -456,9 +448,7 @@ impl Inner {
             Ok((node, stat, file))
         });
         match created {
-            Ok((node, stat, file)) => {
-                self.answer_created(&node, &stat, (file, flags), caller, reply, decision)
-            }
+            Ok((node, stat, file)) => self.answer_created(&node, &stat, (file, flags), turn, reply),
             Err(error) => fail(reply, &error),
         }
     }

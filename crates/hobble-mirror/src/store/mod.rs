@@ -402,6 +402,3 @@ impl Store {
         read(&self.realms).get(usize::from(index)).cloned()
     }
 }
-
-#[cfg(test)]
-mod tests;

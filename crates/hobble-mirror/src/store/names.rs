@@ -20,7 +20,7 @@ pub(crate) enum Names {
     #[default]
     None,
     One(Link),
-    Many(Box<Vec<Link>>),
+    Many(Vec<Link>),
 }
 
 /// Names remembered of one inode; with more, the oldest is forgotten.
@@ -61,7 +61,7 @@ impl Names {
                 true
             }
             Self::One(one) => {
-                *self = Self::Many(Box::new(vec![link(), one.clone()]));
+                *self = Self::Many(vec![link(), one.clone()]);
                 true
             }
             Self::Many(links) => match links.iter().position(known) {
