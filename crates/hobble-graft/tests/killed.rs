@@ -110,7 +110,9 @@ fn die() -> ! {
 impl StepLog for ToFile {
     fn step(&mut self, step: &Step) -> std::io::Result<()> {
         if let Step::Borrow(residue) = step {
-            writeln!(self.file, "{}", serde_json::to_string(residue).unwrap())?;
+            // One write: we may be killed between two.
+            let line = format!("{}\n", serde_json::to_string(residue).unwrap());
+            self.file.write_all(line.as_bytes())?;
         }
         self.steps += 1;
         if self.dies_at == Some(self.steps) {
@@ -255,6 +257,7 @@ fn mover() {
             }
             volume.rescan(&mut census, &[id]);
             let switch = stand_ins.into_switch(&census);
+            println!("mover applies");
             let result: Result<_, SwitchFailed> =
                 switch.apply(&mut stopped, budget(), &mut log, &mut NoHandover);
             let released = stopped.release();
@@ -327,7 +330,7 @@ fn kill_movers(rounds: usize, how: How) {
         random ^= random << 17;
         random
     };
-    let (mut rounds_seen, mut cleaned, mut longest) = (0, 0, Duration::ZERO);
+    let (mut rounds_seen, mut hits, mut cleaned, mut longest) = (0, 0, 0, Duration::ZERO);
     for kill in 0..rounds {
         let mut mover = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "mover", "--nocapture"])
@@ -356,7 +359,13 @@ fn kill_movers(rounds: usize, how: How) {
             rounds_seen += usize::from(moves > 0);
         }
         if how == How::AtRandom {
-            std::thread::sleep(Duration::from_micros(next() % 9_000));
+            // One in three at any time of the stop, the others while a thread works for the mover.
+            let mut longest_wait = 9_000;
+            if kill % 3 != 0 {
+                assert!(lines.any(|line| line.contains("mover applies")));
+                longest_wait = 4_000;
+            }
+            std::thread::sleep(Duration::from_micros(next() % longest_wait));
             mover.kill().unwrap();
         }
         let killed = Instant::now();
@@ -374,6 +383,7 @@ fn kill_movers(rounds: usize, how: How) {
                 .all(|(now, then)| now > then)
         });
         longest = longest.max(killed.elapsed());
+        hits += usize::from(target.vdso() != vdso);
         assert!(target.is_running(), "kill {kill}: state {}", target.state());
         let records = std::fs::read_to_string(&log).unwrap_or_default();
         if let Some(line) = records.lines().last() {
@@ -397,7 +407,7 @@ fn kill_movers(rounds: usize, how: How) {
         }
     }
     eprintln!(
-        "{rounds} kills, {rounds_seen} whole moves in between, code left behind {cleaned} times, longest way back {longest:?}, EINTR of epoll_wait {} times",
+        "{rounds} kills, {rounds_seen} whole moves in between, code left behind {hits} times, taken away {cleaned} times, longest way back {longest:?}, EINTR of epoll_wait {} times",
         beats()[4]
     );
     match how {

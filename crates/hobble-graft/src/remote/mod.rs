@@ -17,6 +17,9 @@
 //! runs a table, writes a byte to its socket, and waits for the next byte in `read`. Thousands of calls then need no ptrace
 //! stop at all. End of file or two seconds without a word mean that we have died (the time-out is needed: another process
 //! may share our descriptor table and keep our end of the socket open).
+//!
+//! Taking a thread, using it and giving it back are in this one file, long as it is, because the orders above are only seen to be right when
+//! all requests to the thread are read together.
 
 mod call;
 mod error;
