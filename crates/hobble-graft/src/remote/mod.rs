@@ -2,7 +2,7 @@
 //!
 //! Owns a thread that stands still while it is [`Borrowed`], the code and memory it needs for that, and their removal. Invariants:
 //!
-//! * **We may be killed at any instruction and the thread goes on unharmed.** Our code (see [`crate::arch`]) lies in unused bytes behind
+//! * **We may be killed at any instruction and the thread goes on unharmed.** Our code (see `arch`) lies in unused bytes behind
 //!   the target's vDSO; no instruction of the target is replaced, no breakpoint set. From every instruction of it the thread
 //!   finds its own way back: it closes what we opened in it, unmaps our memory, and loads the registers and the
 //!   signal mask it had, its interrupted system call restarted by hand. The orders below (registers before mask on the way in, mask
