@@ -14,12 +14,13 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use hobble_graft::ids::{Device, Pid, ProcessId};
 use hobble_graft::mounts::{
-    self, Covering, Location, MountNamespace, MountsError, PropagationRecord, clone_tree,
-    remove_leftovers, sightings, submounts,
+    self, Covering, Filesystem, Location, MountNamespace, MountsError, PropagationRecord,
+    clone_tree, remove_leftovers, sightings, submounts,
 };
 use hobble_graft::proc::mountinfo::{self, Mount, Propagation};
 use rustix::fs::{Mode, OFlags};
@@ -63,8 +64,10 @@ impl Holder {
         mountinfo::of_process(self.pid()).unwrap()
     }
 
-    fn has(&self, device: Device) -> bool {
-        self.mounts().iter().any(|m| m.device == device)
+    fn has(&self, hook: &Filesystem) -> bool {
+        self.mounts()
+            .iter()
+            .any(|m| m.device == hook.device && m.source == hook.source)
     }
 
     /// A path of the namespace, as we can open it.
@@ -132,8 +135,12 @@ impl World {
 }
 
 /// A detached tmpfs with a file `file`, and what is bound onto it: a directory `sub` and a file `sock`.
-fn hook() -> (OwnedFd, Device) {
+fn hook() -> (OwnedFd, Filesystem) {
     let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
+    // A name of its own: device numbers go from the hook of one test to that of another.
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let source = format!("hook-{}", NEXT.fetch_add(1, Ordering::Relaxed));
+    rustix::mount::fsconfig_set_string(context.as_fd(), "source", &source).unwrap();
     rustix::mount::fsconfig_create(context.as_fd()).unwrap();
     let mount = rustix::mount::fsmount(
         context.as_fd(),
@@ -152,7 +159,13 @@ fn hook() -> (OwnedFd, Device) {
         major: rustix::fs::major(stat.st_dev),
         minor: rustix::fs::minor(stat.st_dev),
     };
-    (mount, device)
+    (
+        mount,
+        Filesystem {
+            device,
+            source: source.into(),
+        },
+    )
 }
 
 fn place(target: &Holder, path: &Path, top: &OwnedFd) -> (Covering, PropagationRecord) {
@@ -174,21 +187,21 @@ fn round_trip(propagation: &str, volume: &str) {
     let before = world.base(&target).propagation;
     let own = Holder(Command::new("sleep").arg("1000").spawn().unwrap());
     let path = world.path(volume);
-    let (top, device) = hook();
+    let (top, hook) = self::hook();
     let file = target.see(&path).join("file");
 
     let (covering, record) = place(&target, &path, &top);
     assert_eq!(record.propagation, before);
-    assert_eq!(covering.device(), device);
+    assert_eq!(covering.device(), hook.device);
     assert_eq!(read(file.clone()), "hooked\n");
     assert!(covering.is_in_place(PATIENCE).unwrap());
-    assert!(target.has(device));
+    assert!(target.has(&hook));
     assert!(
-        !world.outside.has(device),
+        !world.outside.has(&hook),
         "the hook shows up outside the target's namespace ({propagation})"
     );
-    assert!(!own.has(device));
-    assert_eq!(sightings(device, PATIENCE).unwrap().len(), 1);
+    assert!(!own.has(&hook));
+    assert_eq!(sightings(hook.clone(), PATIENCE).unwrap().len(), 1);
 
     // What others mount meanwhile still arrives where it did before.
     let other = world.path("other").display().to_string();
@@ -202,17 +215,17 @@ fn round_trip(propagation: &str, volume: &str) {
     let sandbox = target.copy(&["-U", "-r", "--propagation", "slave"], "");
     let twin = target.copy(&["--propagation", "unchanged"], "");
     assert!(
-        sandbox.has(device) && twin.has(device),
+        sandbox.has(&hook) && twin.has(&hook),
         "copies of the namespace are hooked too"
     );
 
     covering.remove(PATIENCE).unwrap();
     assert_eq!(
-        sightings(device, PATIENCE).unwrap(),
+        sightings(hook.clone(), PATIENCE).unwrap(),
         [],
         "the hook has stayed behind ({propagation})"
     );
-    assert!(!sandbox.has(device) && !twin.has(device));
+    assert!(!sandbox.has(&hook) && !twin.has(&hook));
     assert_eq!(world.base(&target).propagation, before, "{propagation}");
     if volume == "vol" {
         assert_eq!(read(file), "native\n");
@@ -251,7 +264,7 @@ fn an_unbindable_mount_is_unbindable_again() {
         &["--propagation", "private"],
         &format!("mount --make-unbindable {at}"),
     );
-    let (top, device) = hook();
+    let (top, hook) = self::hook();
     let (covering, _) = place(&target, &world.path("vol"), &top);
     covering.remove(PATIENCE).unwrap();
     let unbindable = Propagation {
@@ -259,7 +272,7 @@ fn an_unbindable_mount_is_unbindable_again() {
         ..Propagation::default()
     };
     assert_eq!(world.base(&target).propagation, unbindable);
-    assert_eq!(sightings(device, PATIENCE).unwrap(), []);
+    assert_eq!(sightings(hook.clone(), PATIENCE).unwrap(), []);
 }
 
 #[test]
@@ -293,12 +306,12 @@ fn a_sandbox_without_privileges_can_be_a_target() {
     fs::File::from(deep).read_to_string(&mut text).unwrap();
     assert_eq!(text, "deep\n");
 
-    let (top, device) = hook();
+    let (top, hook) = self::hook();
     let (covering, _) = place(&sandbox, &world.path("vol"), &top);
     assert_eq!(read(sandbox.see(&world.path("vol/file"))), "hooked\n");
     covering.remove(PATIENCE).unwrap();
     assert_eq!(read(sandbox.see(&world.path("vol/file"))), "native\n");
-    assert_eq!(sightings(device, PATIENCE).unwrap(), []);
+    assert_eq!(sightings(hook.clone(), PATIENCE).unwrap(), []);
     assert_eq!(world.base(&sandbox).propagation, before);
 }
 
@@ -348,7 +361,7 @@ fn what_lies_below_is_bound_through_the_hook() {
         [volume.join("sub")]
     );
 
-    let (top, device) = hook();
+    let (top, hook) = self::hook();
     let (covering, _) = place(&target, &volume, &top);
     assert!(
         UnixStream::connect(&socket).is_err(),
@@ -387,7 +400,7 @@ fn what_lies_below_is_bound_through_the_hook() {
     );
 
     covering.remove(PATIENCE).unwrap();
-    assert_eq!(sightings(device, PATIENCE).unwrap(), []);
+    assert_eq!(sightings(hook.clone(), PATIENCE).unwrap(), []);
     assert_eq!(read(target.see(&volume.join("sub/deep"))), "deep\n");
     UnixStream::connect(&socket).unwrap();
     let now = submounts(target.pid(), &location).unwrap();
@@ -399,7 +412,7 @@ fn a_single_file_can_be_covered() {
     let world = World::new();
     let target = world.outside.copy(&["--propagation", "unchanged"], "");
     let before = world.base(&target).propagation;
-    let (tree, device) = hook();
+    let (tree, hook) = self::hook();
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let top = rustix::mount::open_tree(&tree, "file", flags).unwrap();
     let path = world.path("vol/file");
@@ -408,7 +421,7 @@ fn a_single_file_can_be_covered() {
     let covering =
         Covering::place(target.namespace(), &location, top.as_fd(), record, PATIENCE).unwrap();
     assert_eq!(read(target.see(&path)), "hooked\n");
-    assert!(!world.outside.has(device));
+    assert!(!world.outside.has(&hook));
     covering.remove(PATIENCE).unwrap();
     assert_eq!(read(target.see(&path)), "native\n");
     assert_eq!(world.base(&target).propagation, before);
@@ -426,14 +439,14 @@ fn a_lost_hook_is_noticed() {
 
     fs::create_dir(world.outside.see(&world.path("doomed"))).unwrap();
     let before = world.base(&target).propagation;
-    let (top, device) = hook();
+    let (top, hook) = self::hook();
     let (covering, _) = place(&target, &world.path("doomed"), &top);
     // Removing the directory elsewhere detaches what is mounted on it here.
     fs::remove_dir(world.outside.see(&world.path("doomed"))).unwrap();
     assert!(!covering.is_in_place(PATIENCE).unwrap());
     covering.remove(PATIENCE).unwrap();
     assert_eq!(world.base(&target).propagation, before);
-    assert_eq!(sightings(device, PATIENCE).unwrap(), []);
+    assert_eq!(sightings(hook.clone(), PATIENCE).unwrap(), []);
 }
 
 #[test]
@@ -442,15 +455,18 @@ fn a_later_process_can_clean_up() {
         let world = World::new();
         let target = world.outside.copy(&["--propagation", propagation], "");
         let before = world.base(&target).propagation;
-        let (top, device) = hook();
+        let (top, hook) = self::hook();
         let (covering, record) = place(&target, &world.path("vol"), &top);
         let loner = target.copy(&["--propagation", "private"], "");
         // Dropped without being removed: what a killed process leaves.
         drop((covering, top));
-        assert_eq!(sightings(device, PATIENCE).unwrap().len(), 2);
-        assert_eq!(remove_leftovers(device, PATIENCE).unwrap(), []);
-        assert_eq!(sightings(device, PATIENCE).unwrap(), []);
-        assert!(!loner.has(device));
+        assert_eq!(sightings(hook.clone(), PATIENCE).unwrap().len(), 2);
+        // Another filesystem with that number is not ours.
+        assert_eq!(remove_leftovers(hook.device, PATIENCE).unwrap(), []);
+        assert!(loner.has(&hook) && target.has(&hook));
+        assert_eq!(remove_leftovers(hook.clone(), PATIENCE).unwrap(), []);
+        assert_eq!(sightings(hook.clone(), PATIENCE).unwrap(), []);
+        assert!(!loner.has(&hook));
         let location = Location::resolve(target.pid(), &world.path("vol")).unwrap();
         Covering::restore(&target.namespace(), &location, record, PATIENCE).unwrap();
         let after = world.base(&target).propagation;
@@ -466,12 +482,12 @@ fn a_later_process_can_clean_up() {
 fn a_locked_copy_that_left_propagation_is_named() {
     let world = World::new();
     let target = world.outside.copy(&["--propagation", "unchanged"], "");
-    let (top, device) = hook();
+    let (top, hook) = self::hook();
     let (covering, _) = place(&target, &world.path("vol"), &top);
     let sandbox = target.copy(&["-U", "-r", "--propagation", "private"], "");
     covering.remove(PATIENCE).unwrap();
-    assert!(sandbox.has(device));
-    let left = remove_leftovers(device, PATIENCE).unwrap();
+    assert!(sandbox.has(&hook));
+    let left = remove_leftovers(hook.clone(), PATIENCE).unwrap();
     assert_eq!(left.len(), 1);
     assert_eq!(
         (left[0].namespace, left[0].refused),
@@ -480,7 +496,7 @@ fn a_locked_copy_that_left_propagation_is_named() {
     drop(sandbox);
     // Whoever looks through all namespaces, as other tests do, keeps each alive for that time.
     let end = Instant::now() + PATIENCE;
-    while !sightings(device, PATIENCE).unwrap().is_empty() {
+    while !sightings(hook.clone(), PATIENCE).unwrap().is_empty() {
         assert!(Instant::now() < end, "the namespace does not end");
     }
 }
@@ -553,11 +569,11 @@ fn paths_are_resolved_as_the_target_sees_them() {
         );
     }
     assert!(Location::resolve(target.pid(), &world.path("link")).is_err());
-    let (top, device) = hook();
+    let (top, hook) = self::hook();
     let (covering, _) = place(&jailed, Path::new("/vol"), &top);
     assert_eq!(read(target.see(&world.path("vol/file"))), "hooked\n");
     covering.remove(PATIENCE).unwrap();
-    assert_eq!(sightings(device, PATIENCE).unwrap(), []);
+    assert_eq!(sightings(hook.clone(), PATIENCE).unwrap(), []);
 }
 
 #[test]

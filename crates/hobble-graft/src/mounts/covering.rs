@@ -10,12 +10,12 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags};
 
 use super::namespace::{Inside, MountNamespace};
-use super::volume::{Location, UniqueMountId, copy, look};
+use super::volume::{Location, UniqueMountId, copy, look, open_scoped};
 use super::{MountsError, step};
 use crate::ids::{Device, MountId};
 use crate::proc::mountinfo::{Mount, Propagation};
@@ -201,8 +201,7 @@ impl Covering {
                 .map_err(step("copy what lies below the hook"))?;
             let how =
                 ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let onto = rustix::fs::openat2(&top, &name, flags, Mode::empty(), how)
+            let onto = open_scoped(top.as_fd(), &name, OFlags::NOFOLLOW, how)
                 .map_err(step("find a name on the hook"))?;
             let flags =
                 MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;

@@ -1,5 +1,6 @@
 //! What is left of a filesystem of ours, in whatever mount namespace of the host.
 
+use std::ffi::OsString;
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -11,6 +12,7 @@ use super::MountsError;
 use super::namespace::{Inside, MountNamespace};
 use super::volume::{look, open_in};
 use crate::ids::{Device, MountId};
+use crate::proc::mountinfo::Mount;
 use crate::proc::tree::MountNamespaceId;
 
 /// A mount of the filesystem that was looked for.
@@ -27,34 +29,73 @@ pub struct Leftover {
     pub refused: Option<Errno>,
 }
 
-/// Every mount of `device` on the host. Changes nothing, and asks nothing of the filesystem. Namespaces that cannot be joined are
+/// What the source of our mounts is called in `mountinfo`, unless something else is said.
+const SOURCE: &str = "hobble";
+
+/// What tells a filesystem of ours from every other.
+///
+/// The device number alone does not: the kernel gives it to the next filesystem without a disk as soon as ours has gone, and a
+/// recovery that comes late would remove a stranger's mounts. The source, chosen when the filesystem is made, should therefore be
+/// one that no other attachment has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Filesystem {
+    /// `st_dev` of its files.
+    pub device: Device,
+    /// The source it was mounted with.
+    pub source: OsString,
+}
+
+impl From<Device> for Filesystem {
+    /// A filesystem whose source is just `hobble`.
+    fn from(device: Device) -> Self {
+        Self {
+            device,
+            source: SOURCE.into(),
+        }
+    }
+}
+
+impl Filesystem {
+    fn is_of(&self, mount: &Mount) -> bool {
+        mount.device == self.device && mount.source == self.source
+    }
+}
+
+/// Every mount of a filesystem of ours on the host. Changes nothing, and asks nothing of the filesystem. Namespaces that cannot be joined are
 /// passed over; the first error of that kind is logged.
 ///
 /// # Errors
 /// When `/proc` cannot be listed.
-pub fn sightings(device: Device, timeout: Duration) -> Result<Vec<Leftover>, MountsError> {
+pub fn sightings(
+    of: impl Into<Filesystem>,
+    timeout: Duration,
+) -> Result<Vec<Leftover>, MountsError> {
+    let of = of.into();
     everywhere(timeout, move |inside, namespace| {
-        found(inside, namespace, device)
+        found(inside, namespace, &of)
     })
 }
 
-/// Removes every mount of `device` on the host, which must be a filesystem of ours: check it by more than its number, which the
-/// kernel gives again. Returns what could not be removed. Asks nothing of the filesystem.
+/// Removes every mount of a filesystem of ours on the host. Returns what could not be removed. Asks nothing of the filesystem.
 ///
 /// If we die, those that were not reached yet remain; calling this again continues.
 ///
 /// # Errors
 /// When `/proc` cannot be listed.
-pub fn remove_leftovers(device: Device, timeout: Duration) -> Result<Vec<Leftover>, MountsError> {
+pub fn remove_leftovers(
+    of: impl Into<Filesystem>,
+    timeout: Duration,
+) -> Result<Vec<Leftover>, MountsError> {
+    let of = of.into();
     everywhere(timeout, move |inside, namespace| {
         // Children of ours lie above and come later in the list; the topmost of several on one point must go first.
-        let mut left = found(inside, namespace, device)?;
+        let mut left = found(inside, namespace, &of)?;
         left.reverse();
         for leftover in &mut left {
             leftover.refused = remove(inside, leftover).err();
         }
         // What was refused may have gone with another, by propagation.
-        let still = found(inside, namespace, device)?;
+        let still = found(inside, namespace, &of)?;
         left.retain(|leftover| still.iter().any(|s| s.mount == leftover.mount));
         Ok(left)
     })
@@ -71,9 +112,9 @@ fn remove(inside: &Inside, leftover: &Leftover) -> Result<(), Errno> {
 fn found(
     inside: &Inside,
     namespace: MountNamespaceId,
-    device: Device,
+    of: &Filesystem,
 ) -> Result<Vec<Leftover>, MountsError> {
-    let mounts = inside.mounts()?.into_iter().filter(|m| m.device == device);
+    let mounts = inside.mounts()?.into_iter().filter(|m| of.is_of(m));
     Ok(mounts
         .map(|m| Leftover {
             namespace,

@@ -15,7 +15,7 @@ mod namespace;
 mod volume;
 
 pub use covering::{Covering, PropagationRecord};
-pub use leftovers::{Leftover, remove_leftovers, sightings};
+pub use leftovers::{Filesystem, Leftover, remove_leftovers, sightings};
 pub use namespace::{Inside, MountNamespace};
 pub use volume::{Location, UniqueMountId, attributes_of, clone_tree, submounts};
 

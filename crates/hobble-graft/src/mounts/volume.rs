@@ -18,6 +18,9 @@ use crate::sys::mount as sys;
 /// `STATX_MNT_ID_UNIQUE` (Linux 6.8).
 const STATX_MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 
+/// Walks before a host that renames and mounts without a pause is given up on.
+const WALKS: usize = 10_000;
+
 /// The kernel's name for a mount that is never given to another one until the next boot (Linux 6.8). A kernel before it gives the
 /// number of [`MountId`], which is given again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -145,9 +148,9 @@ impl Location {
             if seen.is_mount_root {
                 return Ok(at);
             }
-            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
             let how = ResolveFlags::NO_XDEV | ResolveFlags::NO_SYMLINKS;
-            at = rustix::fs::openat2(&at, "..", flags, Mode::empty(), how).map_err(failed)?;
+            at =
+                open_scoped(at.as_fd(), Path::new(".."), OFlags::DIRECTORY, how).map_err(failed)?;
         }
     }
 
@@ -163,14 +166,40 @@ impl Location {
 
 /// Opens `path` within `root`, with `O_PATH`.
 pub(super) fn open_in(root: BorrowedFd<'_>, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
-    let how = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    rustix::fs::openat2(
+    open_scoped(
         root,
         path,
-        OFlags::PATH | OFlags::CLOEXEC | flags,
-        Mode::empty(),
-        how,
+        flags,
+        ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
     )
+}
+
+/// `openat2` with `O_PATH`. A scoped walk over `..` gives up when anything was renamed or mounted on the host meanwhile, and asks to be
+/// repeated (openat2(2), EAGAIN).
+pub(super) fn open_scoped(
+    root: BorrowedFd<'_>,
+    path: &Path,
+    flags: OFlags,
+    how: ResolveFlags,
+) -> Result<OwnedFd, Errno> {
+    let mut last = Errno::AGAIN;
+    for _ in 0..WALKS {
+        match rustix::fs::openat2(
+            root,
+            path,
+            OFlags::PATH | OFlags::CLOEXEC | flags,
+            Mode::empty(),
+            how,
+        ) {
+            Err(Errno::AGAIN) => std::thread::yield_now(),
+            Err(errno) => {
+                last = errno;
+                break;
+            }
+            Ok(file) => return Ok(file),
+        }
+    }
+    Err(last)
 }
 
 /// The name of an open file below `root`.
