@@ -150,3 +150,34 @@ fn push(list: &mut Vec<AddressRange>, start: u64, end: u64) {
         _ => list.push(AddressRange { start, end }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proc::maps;
+
+    #[test]
+    fn both_ways_of_looking_see_the_same() {
+        let own = Pid::own();
+        let map = PageMap::open(own).unwrap();
+        let mut own_pages = 0;
+        // What the dynamic linker has relocated and then made read-only: private pages that no thread changes any more.
+        for entry in maps::of_process(own).unwrap() {
+            if !entry.has_file() || entry.is_shared || entry.protection.write {
+                continue;
+            }
+            let range = AddressRange {
+                start: entry.start,
+                end: entry.end,
+            };
+            let by_words = map.scan_by_words(range).unwrap();
+            match map.scan_by_ioctl(range) {
+                Ok(by_ioctl) => assert_eq!(by_ioctl, by_words, "{entry:?}"),
+                // Before 6.7 the words are all there is.
+                Err(errno) => assert_eq!(errno, Errno::NOTTY),
+            }
+            own_pages += by_words.own.len();
+        }
+        assert!(own_pages > 0, "a linked program has relocated pages");
+    }
+}
