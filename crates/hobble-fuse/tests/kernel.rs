@@ -321,12 +321,13 @@ fn the_flush_of_an_exiting_process_is_not_parked() {
         .fs
         .delay(Opcode::Flush, Delay::For(Duration::from_mins(1)));
     let mut victim = Victim::start(&mounted, Deed::Exit, "f");
+    // 51 times FLUSH: were each parked until somebody looked at its caller, it would take long.
     let (taken, status) = victim.child.wait();
     assert!(
-        taken < FREED && status.success(),
+        taken < 3 * FREED && status.success(),
         "it took {taken:?}: {status}"
     );
-    assert!(mounted.fs.count(Opcode::Flush) >= 1);
+    assert!(mounted.fs.count(Opcode::Flush) >= 51);
     assert_eq!(mounted.fs.lot.parked(), 0);
 }
 
@@ -427,7 +428,7 @@ fn killing_a_writer_behind_an_inode_lock_ends_the_wait_of_its_holder() {
     waiter.child.signal(Signal::KILL);
     let (taken, _) = waiter.child.wait();
     println!("freed after {taken:?}");
-    assert!(taken < FREED, "it took {taken:?}");
+    assert!(taken < 5 * FREED, "it took {taken:?}");
     assert_eq!(holder.line(), "Ok(8)");
 }
 
@@ -451,7 +452,7 @@ fn killing_a_creator_behind_a_parked_lookup_ends_the_wait_of_the_lookup() {
     waiter.child.signal(Signal::KILL);
     let (taken, _) = waiter.child.wait();
     println!("freed after {taken:?}");
-    assert!(taken < FREED, "it took {taken:?}");
+    assert!(taken < 5 * FREED, "it took {taken:?}");
     assert_eq!(holder.line(), "Ok(false)");
 }
 

@@ -20,7 +20,7 @@ pub(crate) enum Deed {
     ReadWithAlarm,
     /// Opens a file and closes it.
     Close,
-    /// Opens a file and exits without closing it.
+    /// Opens a file and exits without closing its 51 descriptors.
     Exit,
     /// Writes beyond the end of the file.
     Append,
@@ -142,7 +142,12 @@ pub(crate) fn main() {
             drop(file);
             println!("{MARK}closed");
         }
-        Deed::Exit => std::mem::forget(file),
+        Deed::Exit => {
+            for _ in 0..50 {
+                std::mem::forget(file.try_clone().unwrap());
+            }
+            std::mem::forget(file);
+        }
         Deed::Crowd => {
             let file = &file;
             std::thread::scope(|scope| {
