@@ -219,6 +219,43 @@ fn places(census: &Census, place: census::Place) -> Vec<Place> {
         .collect()
 }
 
+/// The living children of a process's threads (`/proc/<pid>/task/<tid>/children`, exact while the parent stands still; proc_pid_children(5)).
+fn children(pid: Pid) -> Vec<ProcessId> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+    tasks
+        .into_iter()
+        .flatten()
+        .filter_map(Result::ok)
+        .filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok())
+        .flat_map(|list| list.split_ascii_whitespace().filter_map(|pid| Pid::new(pid.parse().ok()?)).collect::<Vec<_>>())
+        .filter_map(|pid| ProcessId::of(pid).ok())
+        .filter(|process| process.is_alive().unwrap_or(false))
+        .collect()
+}
+
+/// Where the time of a stop goes, for the log.
+pub(crate) struct StopWatch {
+    last: Instant,
+    laps: Vec<(&'static str, Duration)>,
+}
+
+impl StopWatch {
+    pub(crate) fn start() -> Self {
+        Self { last: Instant::now(), laps: Vec::with_capacity(8) }
+    }
+
+    pub(crate) fn lap(&mut self, name: &'static str) {
+        let now = Instant::now();
+        self.laps.push((name, now - self.last));
+        self.last = now;
+    }
+
+    pub(crate) fn tell(&self) {
+        let laps: Vec<String> = self.laps.iter().map(|(name, time)| format!("{name} {} us", time.as_micros())).collect();
+        tracing::debug!(laps = laps.join(", "), "the target stood still");
+    }
+}
+
 /// A process as the journal names it.
 pub(crate) fn who(process: ProcessId) -> Who {
     Who { pid: process.pid.as_raw(), start: process.start_time }
@@ -261,18 +298,43 @@ impl Engine {
         let (Some(volume), Some(census)) = (survey.volume, survey.census) else {
             return Err(AttachError::new(Step::Preflight, "the target cannot be looked into"));
         };
-        let mut moved = Moved::default();
-        if survey.preflight.verdict == Verdict::Degraded {
-            moved.degraded = survey.preflight.reasons;
-        }
         let target = ProcessId {
             pid: Pid::new(self.config.pid).ok_or_else(|| AttachError::new(Step::Preflight, "not a process id"))?,
             start_time: self.config.start_time,
         };
+        let degraded = if survey.preflight.verdict == Verdict::Degraded { survey.preflight.reasons } else { Vec::new() };
+        let mut census = Some(census);
+        let mut attempt = 1;
+        loop {
+            let mut moved = Moved { degraded: degraded.clone(), ..Moved::default() };
+            match self.attach_once(target, &volume, census.take(), &mut moved) {
+                Ok(()) => {
+                    self.record(&Record::Attached)?;
+                    self.publish_attached(moved);
+                    return Ok(());
+                }
+                // A mount that was taken away cannot be placed again, so everything is made anew.
+                Err(error) if error.rolled_back() && attempt < TRIES && is_transient(&error) && self.withdraw().is_ok() => {
+                    tracing::info!(%error, cause = error.cause_chain(), attempt, "the target could not be moved at once");
+                    attempt += 1;
+                    std::thread::sleep(BREATH * attempt);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Gives up a hook that nobody is on.
+    fn withdraw(&mut self) -> Result<(), AttachError> {
+        self.hook.as_mut().map_or(Ok(()), Hook::remove)?;
+        self.hook = None;
+        Ok(())
+    }
+
+    /// One try, from serving to letting go.
+    fn attach_once(&mut self, target: ProcessId, volume: &Volume, census: Option<Census>, moved: &mut Moved) -> Result<(), AttachError> {
         self.progress("serve", 0, 1);
-        let hook = Hook::serve(&volume, std::sync::Arc::clone(&self.targets))?;
-        // The plan chooses how stand-ins are opened; until the hook is armed it sees nobody.
-        hook.set_plan(self.first_plan()?, Instant::now());
+        let hook = Hook::serve(volume, &self.config.id, std::sync::Arc::clone(&self.targets))?;
         self.record(&Record::Attachment {
             target: who(target),
             scope: self.config.scope.as_str().to_owned(),
@@ -282,12 +344,18 @@ impl Engine {
         })?;
         self.board.edit(|status| status.passthrough = hook.passthrough());
         self.hook = Some(hook);
+        // The plan chooses how stand-ins are opened; until the hook is armed it sees nobody.
+        let plan = self.first_plan()?;
+        if let Some(hook) = self.hook.as_ref() {
+            hook.set_plan(plan, Instant::now());
+        }
         fault_point::pass("served");
-        let result = Tracer::scope(|tracer| self.move_in(tracer, target, &volume, census, &mut moved).map_err(Traced));
-        result.map_err(|Traced(error)| error)?;
-        self.record(&Record::Attached)?;
-        self.publish_attached(moved);
-        Ok(())
+        let census = match census {
+            Some(census) => census,
+            None => census::take(&processes(target, self.config.scope)?, &|facts| volume.holds(facts))
+                .map_err(|error| AttachError::new(Step::Census, "the target cannot be looked into").because(error))?,
+        };
+        Tracer::scope(|tracer| self.move_in(tracer, target, volume, census, moved).map_err(Traced)).map_err(|Traced(error)| error)
     }
 
     /// Writes a record that a step depends on.
@@ -316,18 +384,7 @@ impl Engine {
         self.progress("precopy", total, total);
         fault_point::pass("precopied");
 
-        let mut attempt = 1;
-        loop {
-            match self.switch_in(tracer, target, volume, &mut census, &mut stand_ins, moved) {
-                Ok(()) => break,
-                Err(error) if error.rolled_back() && attempt < TRIES && is_transient(&error) => {
-                    tracing::info!(%error, cause = error.cause_chain(), attempt, "the target could not be moved at once");
-                    attempt += 1;
-                    std::thread::sleep(BREATH * attempt);
-                }
-                Err(error) => return Err(error),
-            }
-        }
+        self.switch_in(tracer, target, volume, &mut census, &mut stand_ins, moved)?;
         self.chase(tracer, target, volume, census, stand_ins, moved)
     }
 
@@ -347,29 +404,39 @@ impl Engine {
         if let Some(hook) = self.hook.as_ref() {
             hook.quiesce();
         }
+        // Whatever can be found out before the target stands still is.
+        let first = !self.hook.as_ref().is_some_and(Hook::is_placed);
+        let around = if first { Some(volume.propagation()?) } else { None };
+        if let Some(around) = around {
+            self.record(&Record::Placing(around.into()))?;
+        }
+        let specials: Vec<_> = census.specials().iter().map(|special| special.facts.clone()).collect();
+        let through = if first { volume.through(&specials) } else { Vec::new() };
         let deadline = Deadline::after(Duration::from_micros(self.config.max_pause_us));
+        let mut watch = StopWatch::start();
         let mut stopped = tracer.stop_all(&list, deadline).map_err(|error| stop_failed(Step::Stop, error))?;
-        self.add_newborn(&mut stopped, target, deadline)?;
+        watch.lap("stop");
+        self.add_newborn(&mut stopped, deadline)?;
+        watch.lap("newborn");
         fault_point::pass("stopped");
         let difference = census
             .rescan(stopped.processes(), &|facts| volume.holds(facts))
             .map_err(|error| AttachError::new(Step::Census, "the stopped target cannot be looked into").because(error))?;
         let Some(hook) = self.hook.as_ref() else { return Err(no_hook()) };
+        watch.lap("census");
         stand_ins.forget(hook, &difference);
         let kept = stand_ins.complete(hook, census, |_| {});
         if !kept.is_empty() {
             self.record(&Record::Keeping { kept })?;
         }
         late(deadline)?;
-        let first = !self.hook.as_ref().is_some_and(Hook::is_placed);
-        if first {
-            let around = volume.propagation()?;
-            self.record(&Record::Placing(around.into()))?;
+        watch.lap("stand-ins");
+        if let Some(around) = around {
             fault_point::pass("mounting");
             let Some(hook) = self.hook.as_mut() else { return Err(no_hook()) };
             hook.place(around)?;
-            let specials: Vec<_> = census.specials().iter().map(|special| special.facts.clone()).collect();
-            for (name, error) in hook.bind_through(&specials) {
+            watch.lap("mount");
+            for (name, error) in hook.bind_through(through) {
                 moved.not_covered.push(NotCoveredStatus {
                     what: name.display().to_string(),
                     reason: format!("it does not show through the hook: {}", chain(&error)),
@@ -379,10 +446,13 @@ impl Engine {
             fault_point::pass("mounted");
         }
         let report = self.exchange(census, stand_ins, &mut stopped, deadline);
+        watch.lap("exchange");
         match report {
             Ok(report) => {
                 fault_point::pass("grafted");
                 let released = stopped.release();
+                watch.lap("release");
+                watch.tell();
                 fault_point::pass("let-go");
                 if let Some(hook) = self.hook.as_ref() {
                     hook.unquiesce();
@@ -412,11 +482,15 @@ impl Engine {
         }
     }
 
-    /// Children that were born while their parents were being stopped.
-    fn add_newborn(&self, stopped: &mut Stopped, target: ProcessId, deadline: Deadline) -> Result<(), AttachError> {
+    /// Children that were born while their parents were being stopped. Whoever came into the namespace from elsewhere is found after letting go.
+    fn add_newborn(&self, stopped: &mut Stopped, deadline: Deadline) -> Result<(), AttachError> {
         for _ in 0..16 {
-            let born: Vec<ProcessId> =
-                processes(target, self.config.scope)?.into_iter().filter(|process| !stopped.processes().contains(process)).collect();
+            let born: Vec<ProcessId> = stopped
+                .processes()
+                .iter()
+                .flat_map(|process| children(process.pid))
+                .filter(|child| !is_own(child.pid) && !stopped.processes().contains(child))
+                .collect();
             if born.is_empty() {
                 return Ok(());
             }

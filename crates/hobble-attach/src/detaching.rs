@@ -4,12 +4,13 @@
 //! came from, or the backing description that served it, so positions, flags and locks stay; a failed exchange leaves everything on the hook, which goes
 //! on working, and recovery can be tried again. Everybody who holds something of the hook is moved, targets or not.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use hobble_api::status::NotCovered as NotCoveredStatus;
-use hobble_graft::census::{self, Census, DescriptionId, DescriptionLock, TableId};
+use hobble_graft::census::{self, Census, DescriptionId, DescriptionLock, FsId, MappedFileId, TableId};
 use hobble_graft::ids::ProcessId;
 use hobble_graft::proc::locks::{FileLock, LockClass, LockKind};
 use hobble_graft::stop::{Deadline, Tracer};
@@ -17,7 +18,7 @@ use hobble_graft::switch::Switch;
 use hobble_mirror::adopt::HandleInfo;
 use hobble_mirror::locks::{self, LockHolder, LockRange, OwnerId};
 
-use crate::attaching::{Traced, no_hook, stop_failed, who};
+use crate::attaching::{StopWatch, Traced, no_hook, stop_failed, who};
 use crate::engine::{Engine, GivenBack};
 use crate::error::{AttachError, Step};
 use crate::fault_point;
@@ -80,7 +81,10 @@ impl Engine {
         for round in 0..ROUNDS {
             let Some(hook) = self.hook.as_ref() else { return Err(no_hook()) };
             let (processes, mut census) = holders(hook)?;
-            let stays = staying(hook, &census, force);
+            // Asked for while the target runs: each costs round trips through the hook.
+            let mut known = Known::default();
+            known.learn(hook, &census)?;
+            let stays = staying(hook, &census, &known, force);
             let moves = census.descriptions().len() - stays.len()
                 + census.mapped_files().len()
                 + census.fs_structs().iter().filter(|fs| fs.cwd.is_some() || fs.root.is_some()).count();
@@ -96,8 +100,10 @@ impl Engine {
             if let Err(error) = self.journal.append(&Record::Stopping { processes: processes.iter().map(|process| who(*process)).collect() }) {
                 tracing::warn!(%error, "the journal does not tell of the stop");
             }
+            hook.stop_flushing(stays.is_empty());
             let budget = Duration::from_micros(self.config.max_pause_us).max(LEAST_PAUSE);
             let deadline = Deadline::after(budget);
+            let mut watch = StopWatch::start();
             let mut stopped = match tracer.stop_all(&processes, deadline) {
                 Ok(stopped) => stopped,
                 Err(error) if round + 1 < ROUNDS => {
@@ -107,12 +113,16 @@ impl Engine {
                 }
                 Err(error) => return Err(stop_failed(Step::Recover, error)),
             };
+            watch.lap("stop");
             fault_point::pass("recover-stopped");
             let device = hook.device();
             census
                 .rescan(stopped.processes(), &|facts| facts.device == device)
                 .map_err(|error| AttachError::new(Step::Recover, "the stopped target cannot be looked into").because(error))?;
-            let returns = returns(hook, &census, force)?;
+            watch.lap("census");
+            known.learn(hook, &census)?;
+            let returns = returns(hook, &census, &known, force)?;
+            watch.lap("originals");
             let mut keeper = Outwards::new(hook, &returns.owners);
             let applied = returns.switch.apply(&mut stopped, deadline, &mut Steps { journal: &mut self.journal }, &mut keeper);
             match applied {
@@ -121,8 +131,12 @@ impl Engine {
                     for not_moved in report.not_moved {
                         tracing::warn!(?not_moved, "stays on the hook");
                     }
+                    watch.lap("exchange");
                     let unmounted = self.unmount();
+                    watch.lap("unmount");
                     let released = stopped.release();
+                    watch.lap("release");
+                    watch.tell();
                     given.pause = given.pause.max(released.stood_still);
                     unmounted?;
                     given.left = returns.stays;
@@ -162,20 +176,52 @@ impl Engine {
     }
 }
 
+/// What the things that are held turned out to be.
+#[derive(Default)]
+struct Known {
+    descriptions: BTreeMap<DescriptionId, HandleInfo>,
+    files: BTreeMap<MappedFileId, HandleInfo>,
+    /// By inode as well: an id stays while its directory changes.
+    directories: BTreeMap<(FsId, bool, u64), HandleInfo>,
+}
+
+impl Known {
+    /// Asks about what is new in a census.
+    fn learn(&mut self, hook: &Hook, census: &Census) -> Result<(), AttachError> {
+        let mirror = hook.mirror();
+        let failed = |facts: &census::FileFacts| {
+            let path = facts.path.display().to_string();
+            move |error: std::io::Error| AttachError::io(Step::Recover, format!("find what {path} on the hook came from"), error)
+        };
+        for description in census.descriptions() {
+            if let Entry::Vacant(new) = self.descriptions.entry(description.id) {
+                new.insert(mirror.identify(description.kept.as_fd()).map_err(failed(&description.facts))?);
+            }
+        }
+        for file in census.mapped_files() {
+            if let Entry::Vacant(new) = self.files.entry(file.id) {
+                new.insert(mirror.identify(file.kept.as_fd()).map_err(failed(&file.facts))?);
+            }
+        }
+        for fs in census.fs_structs() {
+            for (directory, is_root) in [(&fs.cwd, false), (&fs.root, true)] {
+                let Some(directory) = directory else { continue };
+                if let Entry::Vacant(new) = self.directories.entry((fs.id, is_root, directory.facts.inode)) {
+                    new.insert(mirror.identify(directory.kept.as_fd()).map_err(failed(&directory.facts))?);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Which descriptions stay on the hook until they are closed.
-fn staying(hook: &Hook, census: &Census, force: bool) -> BTreeSet<DescriptionId> {
+fn staying(hook: &Hook, census: &Census, known: &Known, force: bool) -> BTreeSet<DescriptionId> {
     if force {
         return BTreeSet::new();
     }
-    census
-        .descriptions()
-        .filter(|description| {
-            hook.mirror()
-                .identify(description.kept.as_fd())
-                .is_ok_and(|info| must_stay(&info, hook.mirror().has_seen_posix_locks(info.node)))
-        })
-        .map(|description| description.id)
-        .collect()
+    let stays = |info: &HandleInfo| must_stay(info, hook.mirror().has_seen_posix_locks(info.node));
+    census.descriptions().map(|description| description.id).filter(|id| known.descriptions.get(id).is_some_and(stays)).collect()
 }
 
 fn left(census: &Census, stays: &BTreeSet<DescriptionId>) -> Vec<NotCoveredStatus> {
@@ -195,39 +241,37 @@ fn left(census: &Census, stays: &BTreeSet<DescriptionId>) -> Vec<NotCoveredStatu
 }
 
 /// Finds for everything on the hook what it came from.
-fn returns<'c>(hook: &Hook, census: &'c Census, force: bool) -> Result<Returns<'c>, AttachError> {
+fn returns<'c>(hook: &Hook, census: &'c Census, known: &Known, force: bool) -> Result<Returns<'c>, AttachError> {
     let mirror = hook.mirror();
-    let stays = staying(hook, census, force);
+    let stays = staying(hook, census, known, force);
     let held = mirror.with_locks(|locks| locks.held());
     let mut returns = Returns { switch: Switch::new(census), owners: BTreeMap::new(), given: Vec::new(), stays: left(census, &stays), moves: 0 };
     let failed = |path: &std::path::Path| {
         let path = path.display().to_string();
-        move |error: std::io::Error| AttachError::io(Step::Recover, format!("find what {path} on the hook came from"), error)
+        move |error: std::io::Error| AttachError::io(Step::Recover, format!("give back what {path} on the hook came from"), error)
     };
     for description in census.descriptions().filter(|description| !stays.contains(&description.id)) {
-        let fd = description.kept.as_fd();
-        let info = mirror.identify(fd).map_err(failed(&description.facts.path))?;
-        let original = mirror.give_back(&info).map_err(failed(&description.facts.path))?;
-        let locks = posix_locks(census, description, &info, &held, &mut returns.owners);
+        let Some(info) = known.descriptions.get(&description.id) else { continue };
+        let original = mirror.give_back(info).map_err(failed(&description.facts.path))?;
+        let locks = posix_locks(census, description, info, &held, &mut returns.owners);
         if !locks.is_empty() {
             returns.switch.locks(description.id, locks);
         }
         returns.switch.description(description.id, original);
-        returns.given.push(info);
+        returns.given.push(*info);
         returns.moves += 1;
     }
     for file in census.mapped_files() {
-        let info = mirror.identify(file.kept.as_fd()).map_err(failed(&file.facts.path))?;
-        let original = mirror.give_back(&info).map_err(failed(&file.facts.path))?;
-        returns.switch.mapped_file(file.id, original);
-        returns.given.push(info);
+        let Some(info) = known.files.get(&file.id) else { continue };
+        returns.switch.mapped_file(file.id, mirror.give_back(info).map_err(failed(&file.facts.path))?);
+        returns.given.push(*info);
         returns.moves += 1;
     }
     for fs in census.fs_structs() {
         for (directory, is_root) in [(&fs.cwd, false), (&fs.root, true)] {
             let Some(directory) = directory else { continue };
-            let info = mirror.identify(directory.kept.as_fd()).map_err(failed(&directory.facts.path))?;
-            let original = mirror.give_back(&info).map_err(failed(&directory.facts.path))?;
+            let Some(info) = known.directories.get(&(fs.id, is_root, directory.facts.inode)) else { continue };
+            let original = mirror.give_back(info).map_err(failed(&directory.facts.path))?;
             if is_root { returns.switch.root_directory(fs.id, original) } else { returns.switch.working_directory(fs.id, original) }
             returns.moves += 1;
         }

@@ -59,6 +59,7 @@ pub(crate) struct Hook {
     device: Device,
     armed: Arc<AtomicBool>,
     placed: Option<Covering>,
+    source: String,
     volume: Volume,
     looked: Instant,
     lost: bool,
@@ -76,6 +77,11 @@ fn mask() -> Result<Features, AttachError> {
         mask.remove(feature);
     }
     Ok(mask)
+}
+
+/// The source that `/proc/mounts` shows: what tells one attachment's hook from another's when a device number is given again.
+pub(crate) fn source(id: &str) -> String {
+    format!("hobble-{id}")
 }
 
 /// Makes a connection with a service that answers nothing, to see what the kernel offers.
@@ -101,13 +107,13 @@ pub(crate) fn probe() -> Result<bool, AttachError> {
 
 impl Hook {
     /// Makes the connection and serves it. What remains if we die: nothing, the mount is attached nowhere.
-    pub(crate) fn serve(volume: &Volume, targets: Arc<TargetSet>) -> Result<Self, AttachError> {
+    pub(crate) fn serve(volume: &Volume, id: &str, targets: Arc<TargetSet>) -> Result<Self, AttachError> {
         let failed = |what: &str| {
             let what = what.to_owned();
             move |error: Box<dyn std::error::Error + Send + Sync>| AttachError::new(Step::Serve, what).because(error)
         };
         let mask = mask()?;
-        let options = MountOptions { attributes: volume.mount_flags()?, ..MountOptions::default() };
+        let options = MountOptions { source: source(id), attributes: volume.mount_flags()?, ..MountOptions::default() };
         let new = mount::create(&options).map_err(|error| failed("make the FUSE mount")(error.into()))?;
         let armed = Arc::new(AtomicBool::new(false));
         let audience = Audience { targets, armed: Arc::clone(&armed) };
@@ -135,6 +141,7 @@ impl Hook {
             device: Device { major: 0, minor: connection.number() },
             armed,
             placed: None,
+            source: source(id),
             volume: volume.clone(),
             looked: Instant::now(),
             lost: false,
@@ -189,6 +196,12 @@ impl Hook {
         if !self.mirror.settle(SETTLE) {
             tracing::debug!("released operations are still being carried out");
         }
+    }
+
+    /// Whether the kernel is to be told, at the next close of a descriptor, that closing need not be reported any more: it costs a round trip for each, and
+    /// a target that is being taken off the hook closes all of them while it stands still.
+    pub(crate) fn stop_flushing(&self, on: bool) {
+        self.mirror.stop_flushing(on);
     }
 
     /// Delays are possible again.
@@ -248,16 +261,16 @@ impl Hook {
         Ok(())
     }
 
-    /// Lets what is mounted below the volume, and the sockets, FIFOs and devices in use, show through the hook. Says what could not be.
-    pub(crate) fn bind_through(&self, specials: &[FileFacts]) -> Vec<(PathBuf, MountsError)> {
+    /// Lets names below the volume ([`Volume::through`]) show through the hook. Says which could not be.
+    pub(crate) fn bind_through(&self, names: Vec<PathBuf>) -> Vec<(PathBuf, MountsError)> {
         let Some(placed) = self.placed.as_ref() else { return Vec::new() };
         let bind = |name: PathBuf| placed.bind_through(&name, BIND_WITHIN).err().map(|error| (name, error));
-        self.volume.through(specials).into_iter().filter_map(bind).collect()
+        names.into_iter().filter_map(bind).collect()
     }
 
     /// Takes the mount away again, wherever it got to.
     pub(crate) fn remove(&mut self) -> Result<(), AttachError> {
-        self.placed.take().map_or(Ok(()), volume::remove)
+        self.placed.take().map_or(Ok(()), |placed| volume::remove(placed, &self.source))
     }
 
     /// Whether somebody has removed the mount behind our back; looked for once a second.

@@ -227,6 +227,10 @@ impl Undoing<'_> {
             return Ok(());
         }
         let device = Device::from_raw(story.hook_dev);
+        if !is_ours(story, device) {
+            tracing::info!("nothing is left of the hook");
+            return Ok(());
+        }
         // Whoever sleeps in a request to the dead server gets an error now instead of sleeping for ever.
         match hobble_fuse::mount::Connection::from_number(device.minor).abort() {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}
@@ -263,7 +267,7 @@ impl Undoing<'_> {
     }
 
     fn unmount(&self, device: Device) -> Result<(), AttachError> {
-        if self.story.placing.is_some() { volume::remove_everywhere(device) } else { Ok(()) }
+        if self.story.placing.is_some() { volume::remove_everywhere(device, &self.story.source) } else { Ok(()) }
     }
 
     /// One stop of everybody on the hook. Says whether another round may find more.
@@ -348,6 +352,20 @@ impl Undoing<'_> {
     }
 }
 
+/// Whether the filesystem that has the hook's device number now is the hook. The kernel gives the number to the next filesystem without a disk as soon as the
+/// hook has gone, and what happens to a stranger's must not be ours to decide.
+fn is_ours(story: &Story, device: Device) -> bool {
+    // The holder's descriptors of device and mount keep it alive; a mount of it has our source; a moved descriptor of a target is still the same file.
+    story.living_holder().is_some()
+        || volume::is_sighted(device, &story.source)
+        || story.kept.iter().any(|kept| {
+            kept.places.iter().any(|place| {
+                let lives = crate::story::process(place.who).is_some_and(|process| process.is_alive().unwrap_or(false));
+                lives && sighting::descriptor_is(place.who.pid, place.fd, device, kept.ino)
+            })
+        })
+}
+
 /// Where originals are found: the holder's descriptors, and the volume itself.
 struct Originals {
     /// The holder's descriptors of files on the volume's device, by inode.
@@ -372,7 +390,7 @@ impl Originals {
             (target, path)
         });
         if story.placing.is_some() {
-            volume::remove_everywhere(Device::from_raw(story.hook_dev))?;
+            volume::remove_everywhere(Device::from_raw(story.hook_dev), &story.source)?;
         }
         let volume = root.and_then(|(target, path)| Volume::resolve(target, &path).ok());
         if let (Some(volume), Some(around)) = (&volume, story.placing)

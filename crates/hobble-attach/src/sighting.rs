@@ -61,3 +61,10 @@ fn thread_holds(task: &Path, device: Device) -> bool {
     let Ok(list) = rustix::fs::Dir::read_from(&descriptors) else { return false };
     list.filter_map(Result::ok).any(|entry| entry.file_name().to_bytes().first().is_some_and(u8::is_ascii_digit) && is_on(&descriptors, entry.file_name(), device))
 }
+
+/// Whether a descriptor of a process is this inode on this device.
+pub(crate) fn descriptor_is(pid: i32, fd: i32, device: Device, inode: u64) -> bool {
+    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+    rustix::fs::statx(rustix::fs::CWD, format!("/proc/{pid}/fd/{fd}"), flags, StatxFlags::INO)
+        .is_ok_and(|stat| stat.stx_dev_major == device.major && stat.stx_dev_minor == device.minor && stat.stx_ino == inode)
+}

@@ -19,6 +19,8 @@ pub(crate) struct Story {
     pub(crate) scope: String,
     pub(crate) mount_ns: u64,
     pub(crate) path: Vec<u8>,
+    /// What `/proc/mounts` shows as the hook's source.
+    pub(crate) source: String,
     /// `st_dev` of the hook; 0 when there was no connection yet.
     pub(crate) hook_dev: u64,
     pub(crate) kept: Vec<Kept>,
@@ -42,7 +44,7 @@ impl Story {
     /// # Errors
     /// [`JournalError::Foreign`] when they tell of another boot or another attachment.
     pub(crate) fn of(records: Vec<Record>, id: &str) -> Result<Self, JournalError> {
-        let mut story = Self::default();
+        let mut story = Self { source: crate::hook::source(id), ..Self::default() };
         for record in records {
             match record {
                 Record::Opened { id: named, boot_id, .. } => {

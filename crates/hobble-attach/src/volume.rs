@@ -12,7 +12,7 @@ use std::time::Duration;
 use hobble_api::exit::ExitCode;
 use hobble_graft::census::{FileFacts, FileKind};
 use hobble_graft::ids::{Device, ProcessId};
-use hobble_graft::mounts::{self, Covering, Location, MountNamespace, MountsError, PropagationRecord};
+use hobble_graft::mounts::{self, Covering, Filesystem, Location, MountNamespace, MountsError, PropagationRecord};
 use hobble_graft::proc::{mountinfo, tree};
 use rustix::mount::MountAttrFlags;
 
@@ -304,17 +304,24 @@ fn bound_sockets(process: ProcessId) -> Vec<PathBuf> {
 }
 
 /// Takes a placed hook away, here and in copies of the namespace.
-pub(crate) fn remove(covering: Covering) -> Result<(), AttachError> {
+pub(crate) fn remove(covering: Covering, source: &str) -> Result<(), AttachError> {
     let device = covering.device();
     let removed = covering.remove(WITHIN).map_err(failed(Step::Recover, "take the hook away"));
     // Sandboxes made while attached have copies of their own.
-    remove_everywhere(device)?;
+    remove_everywhere(device, source)?;
     removed
 }
 
+/// Whether one of our filesystems is mounted anywhere.
+pub(crate) fn is_sighted(device: Device, source: &str) -> bool {
+    let filesystem = Filesystem { device, source: source.into() };
+    mounts::sightings(filesystem, WITHIN).is_ok_and(|found| !found.is_empty())
+}
+
 /// Removes every mount of one of our filesystems from every mount namespace on this host.
-pub(crate) fn remove_everywhere(device: Device) -> Result<(), AttachError> {
-    let left = mounts::remove_leftovers(device, WITHIN).map_err(failed(Step::Recover, "look for mounts of the hook"))?;
+pub(crate) fn remove_everywhere(device: Device, source: &str) -> Result<(), AttachError> {
+    let filesystem = Filesystem { device, source: source.into() };
+    let left = mounts::remove_leftovers(filesystem, WITHIN).map_err(failed(Step::Recover, "look for mounts of the hook"))?;
     for leftover in &left {
         tracing::warn!(path = %leftover.path.display(), namespace = leftover.namespace.0, refused = ?leftover.refused, "a mount of the hook cannot be removed");
     }
