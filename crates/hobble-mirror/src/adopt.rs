@@ -65,6 +65,8 @@ pub(crate) struct Adopted {
     pub(crate) node: Arc<Node>,
     pub(crate) original: Arc<OwnedFd>,
     facts: Adoption,
+    /// Directories above it that were referred to for the sake of its path.
+    above: Vec<NodeId>,
 }
 
 impl std::fmt::Debug for Node {
@@ -172,9 +174,10 @@ impl Mirror {
         let inner = &self.inner;
         let path = (!facts.deleted).then_some(facts.path.as_slice());
         let node = inner.store.adopt(original.as_fd(), path)?;
+        let mut above = Vec::new();
         if node.with_names(|names| names.first().is_none()) {
             // For the rules: it is matched by the path it was last known by.
-            inner.learn_path(&node, &facts.path);
+            above = inner.learn_path(&node, &facts.path);
         }
         let id = AdoptedId(inner.adopted.next.fetch_add(1, Ordering::Relaxed));
         let adopted = Adopted {
@@ -182,6 +185,7 @@ impl Mirror {
             node,
             original: Arc::new(original),
             facts,
+            above,
         };
         lock(&inner.adopted.adopted).insert(id, Arc::new(adopted));
         Ok(id)
@@ -329,15 +333,19 @@ impl Mirror {
             .ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))?;
         let handle = self.inner.handles.get(handle.0)?;
         let flags = rustix::fs::fcntl_getfl(fuse)? & MIRRORED;
-        let adopted = handle.adopted.clone();
-        let guard = self.inner.doors.open(Purpose::Again(handle));
+        let guard = self.inner.doors.open(Purpose::Again(Arc::clone(&handle)));
         let again = crate::fd::reopen(fuse, flags)?;
         let fh = guard
             .door
             .opened()
             .ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))?;
         self.inner
-            .learn_ofd_owner(&guard.door, again.as_fd(), fh, adopted.as_deref());
+            .learn_ofd_owner(&guard.door, again.as_fd(), fh, None);
+        // To the kernel the new open file is another owner of OFD locks; to the lock table it is the same.
+        let successor = self.inner.handles.get(fh)?;
+        *lock(&successor.known_as) = handle.ofd_owner();
+        successor.is_successor.store(true, Ordering::Release);
+        *lock(&handle.successor) = Some(fh);
         Ok(again)
     }
 
@@ -397,6 +405,9 @@ impl Inner {
         let adopted = lock(&self.adopted.adopted).remove(&id);
         if let Some(adopted) = adopted {
             self.store.forget(adopted.node.id, 1);
+            for node in &adopted.above {
+                self.store.forget(*node, 1);
+            }
         }
     }
 
@@ -407,35 +418,32 @@ impl Inner {
             .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))
     }
 
-    /// Remembers the names along a path, as far as the directories can be found, so that rules see it.
-    fn learn_path(&self, node: &Arc<Node>, path: &[u8]) {
-        let Some(root) = self.store.get(NodeId::ROOT) else {
-            return;
+    /// Remembers the names along a path, as far as the directories can be found, so that rules see it. Returns the directories, each with a reference that keeps its
+    /// node while the kernel does not know it.
+    fn learn_path(&self, node: &Arc<Node>, path: &[u8]) -> Vec<NodeId> {
+        let mut above = Vec::new();
+        let Some(mut parent) = self.store.get(NodeId::ROOT) else {
+            return above;
         };
         let parts: Vec<&[u8]> = path
             .split(|byte| *byte == b'/')
             .filter(|part| !part.is_empty())
             .collect();
         let Some((last, directories)) = parts.split_last() else {
-            return;
+            return above;
         };
-        let mut parent = root;
         for part in directories {
-            let Ok(name) = CString::new(*part) else {
-                return;
-            };
-            let Ok(fd) = self.fd_of(&parent) else { return };
-            let Ok(found) = crate::store::resolve(fd.as_fd(), &name) else {
-                return;
-            };
-            // Kept: the node of a directory that the kernel does not know is only known by this reference.
-            let Ok(next) = self.store.acquire(found) else {
-                return;
-            };
+            let next = CString::new(*part)
+                .map_err(io::Error::from)
+                .and_then(|name| crate::store::resolve(self.fd_of(&parent)?.as_fd(), &name))
+                .and_then(|found| self.store.acquire(found));
+            let Ok(next) = next else { return above };
+            above.push(next.id);
             next.learn(&self.store, parent.id, part, 1);
             parent = next;
         }
         node.learn(&self.store, parent.id, last, 1);
+        above
     }
 
     /// The node behind a descriptor, by asking the kernel for attributes it may not answer from its cache.
@@ -494,7 +502,7 @@ impl Inner {
     /// The description that takes over from a handle.
     fn handed_over(&self, handle: &Handle) -> io::Result<OwnedFd> {
         handle.follow_flags(handle.status())?;
-        let owner: Option<LockOwner> = *lock(&handle.ofd_owner);
+        let owner: Option<LockOwner> = handle.ofd_owner();
         if handle.adopted.is_some() {
             return handle.file.try_clone();
         }

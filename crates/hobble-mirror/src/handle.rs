@@ -42,6 +42,12 @@ pub(crate) struct Handle {
     pub(crate) given_back: AtomicBool,
     /// Another open file has taken its place, and its locks.
     pub(crate) superseded: AtomicBool,
+    /// Which one.
+    pub(crate) successor: Mutex<Option<Fh>>,
+    /// It takes the place of another.
+    pub(crate) is_successor: AtomicBool,
+    /// By which name the lock table knows the owner of OFD locks, if this open file has taken the place of another.
+    pub(crate) known_as: Mutex<Option<LockOwner>>,
     /// Position of a directory's description; requests of one open directory are served one at a time.
     pub(crate) directory: Mutex<Option<u64>>,
 }
@@ -85,6 +91,20 @@ impl Handle {
         Ok(())
     }
 
+    /// By which name the lock table knows an owner that the kernel names on this handle.
+    pub(crate) fn canonical(&self, owner: LockOwner) -> LockOwner {
+        if *lock(&self.ofd_owner) == Some(owner) {
+            return lock(&self.known_as).unwrap_or(owner);
+        }
+        owner
+    }
+
+    /// Who owns the OFD locks of this open file in the lock table, if it is known.
+    pub(crate) fn ofd_owner(&self) -> Option<LockOwner> {
+        let own: Option<LockOwner> = *lock(&self.ofd_owner);
+        lock(&self.known_as).or(own)
+    }
+
     /// Status flags as last seen.
     pub(crate) fn status(&self) -> OFlags {
         OFlags::from_bits_retain(self.status.load(Ordering::Relaxed))
@@ -126,6 +146,9 @@ impl Handles {
             ofd_owner: Mutex::new(None),
             given_back: AtomicBool::new(false),
             superseded: AtomicBool::new(false),
+            successor: Mutex::new(None),
+            is_successor: AtomicBool::new(false),
+            known_as: Mutex::new(None),
             directory: Mutex::new(None),
         });
         write(&self.open).insert(fh.0, Arc::clone(&handle));
@@ -163,6 +186,6 @@ impl Handles {
     /// Whether a handle's own (OFD) locks belong to this owner.
     pub(crate) fn is_ofd_owner(&self, fh: Fh, owner: LockOwner) -> bool {
         self.get(fh)
-            .is_ok_and(|handle| *lock(&handle.ofd_owner) == Some(owner))
+            .is_ok_and(|handle| handle.ofd_owner() == Some(owner))
     }
 }

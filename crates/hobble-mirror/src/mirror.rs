@@ -44,7 +44,11 @@ pub(crate) struct Inner {
     pub(crate) passthrough: AtomicBool,
     pub(crate) kernel: OnceLock<Kernel>,
     pub(crate) negotiated: OnceLock<Negotiated>,
+    /// A switch is going on.
+    pub(crate) quiet: AtomicBool,
     destroyed: AtomicBool,
+    /// The next FLUSH is answered ENOSYS, after which the kernel sends no more.
+    pub(crate) flushless: AtomicBool,
 }
 
 impl Mirror {
@@ -88,7 +92,9 @@ impl Mirror {
                 passthrough: AtomicBool::new(config.passthrough),
                 kernel: OnceLock::new(),
                 negotiated: OnceLock::new(),
+                quiet: AtomicBool::new(false),
                 destroyed: AtomicBool::new(false),
+                flushless: AtomicBool::new(false),
             }),
         })
     }
@@ -108,8 +114,11 @@ impl Mirror {
         self.inner.set_plan(plan.map(|plan| (plan, origin)))
     }
 
-    /// While `true` no operation is delayed. What is delayed already stays so until [`Mirror::release`].
+    /// While `true` no operation is delayed, as is right while programs are stopped and their descriptors exchanged. What is delayed already stays so until
+    /// [`Mirror::release`]. Meanwhile closing a descriptor of a file opened by [`Mirror::reopen_stand_in`] drops no POSIX lock: it is the copy by which the
+    /// file came to the program.
     pub fn quiesce(&self, on: bool) {
+        self.inner.quiet.store(on, Ordering::Release);
         self.inner.lot.bypass(on);
     }
 
@@ -147,6 +156,13 @@ impl Mirror {
     #[must_use]
     pub fn open_files(&self) -> usize {
         self.inner.handles.len()
+    }
+
+    /// While set, a close of a descriptor is answered so that the kernel never reports a close again on this connection (ENOSYS to FLUSH sets `no_flush`,
+    /// fs/fuse/file.c): for the time when everything goes back to where it came from, because each report costs the closer a round trip. There is no way back: from
+    /// then on a process's locks go with its open file, not with the first close of any.
+    pub fn stop_flushing(&self, on: bool) {
+        self.inner.flushless.store(on, Ordering::Release);
     }
 
     /// Whether the connection has ended.

@@ -214,7 +214,7 @@ fn waiting_ends_when_the_lock_is_given_up() {
     both(|hook| {
         let path = hook.at("f");
         for (holder, is_outsider) in [(open(&path), false), (open(&hook.behind("f")), true)] {
-            ofd(&holder, libc::F_WRLCK, 0, 10).unwrap();
+            soon(|| ofd(&holder, libc::F_WRLCK, 0, 10).is_ok());
             let waiter = open(&path);
             let (sender, receiver) = mpsc::channel();
             let wait = std::thread::spawn(move || {
@@ -553,6 +553,8 @@ fn posix_locks_move_to_the_hook_and_back() {
             .with_locks(|locks| locks.downgrade(owner))
             .unwrap();
         target.exchange(&native);
+        // The exchange was a close to the kernel; what the server holds stays until it is told otherwise.
+        locked();
         assert_eq!(target.run("lock(fcntl.LOCK_SH, 10, 0)"), "done");
         assert_eq!(target.run("lock(fcntl.LOCK_SH, 10, 50)"), "done");
         locked();
@@ -580,5 +582,65 @@ fn an_abandoned_handover_leaves_nothing_locked() {
         posix(&moved, libc::F_WRLCK, 0, 10).unwrap();
         drop(handover);
         assert_eq!(said(&other_process(&hook.behind("f"), TRY)), "got it");
+    });
+}
+
+#[test]
+fn locks_survive_a_reopening_for_another_mode() {
+    both(|hook| {
+        let file = open(&hook.at("f"));
+        ofd(&file, libc::F_WRLCK, 0, 10).unwrap();
+        posix(&file, libc::F_WRLCK, 20, 10).unwrap();
+        rustix::fs::flock(&file, FlockOperation::LockExclusive).unwrap();
+        let outsider = open(&hook.behind("f"));
+        let held = || {
+            assert_eq!(ofd(&outsider, libc::F_RDLCK, 0, 1), Err(libc::EAGAIN));
+            assert_eq!(ofd(&outsider, libc::F_RDLCK, 20, 1), Err(libc::EAGAIN));
+            assert!(rustix::fs::flock(&outsider, FlockOperation::NonBlockingLockShared).is_err());
+        };
+        hook.inject(&["errno=EIO op=write percent=0"]);
+        hook.mirror.quiesce(true);
+        let mut number = std::os::fd::OwnedFd::from(file);
+        let again = hook.mirror.reopen_stand_in(number.as_fd()).unwrap();
+        hook.mirror.supersede(
+            &[hook
+                .mirror
+                .identify(number.as_fd())
+                .unwrap()
+                .handle
+                .unwrap()],
+            true,
+        );
+        rustix::io::dup2(&again, &mut number).unwrap();
+        drop(again);
+        hook.mirror.quiesce(false);
+        let file = File::from(number);
+        std::thread::sleep(Duration::from_millis(50));
+        held();
+        // They are the very same locks: the program goes on with them.
+        ofd(&file, libc::F_UNLCK, 0, 0).unwrap();
+        posix(&file, libc::F_UNLCK, 0, 0).unwrap();
+        rustix::fs::flock(&file, FlockOperation::Unlock).unwrap();
+        ofd(&outsider, libc::F_WRLCK, 0, 100).unwrap();
+        rustix::fs::flock(&outsider, FlockOperation::NonBlockingLockExclusive).unwrap();
+        drop(outsider);
+        ofd(&file, libc::F_WRLCK, 0, 10).unwrap();
+        drop(file);
+        let outsider = open(&hook.behind("f"));
+        soon(|| ofd(&outsider, libc::F_WRLCK, 0, 100).is_ok());
+    });
+}
+
+#[test]
+fn a_moved_description_is_closed_with_its_last_stand_in() {
+    both(|hook| {
+        let original = open(&hook.behind("f"));
+        rustix::fs::flock(&original, FlockOperation::LockExclusive).unwrap();
+        let (_, file) = adopted(hook, &original, "f", Vec::new());
+        drop(original);
+        let outsider = open(&hook.behind("f"));
+        assert!(rustix::fs::flock(&outsider, FlockOperation::NonBlockingLockShared).is_err());
+        drop(file);
+        soon(|| rustix::fs::flock(&outsider, FlockOperation::NonBlockingLockShared).is_ok());
     });
 }

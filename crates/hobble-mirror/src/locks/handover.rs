@@ -115,7 +115,7 @@ impl Locks<'_> {
 
     /// Gives up all locks of this owner, in the table and on the backing file: the program holds them itself now.
     pub fn release(&self, owner: OwnerId) {
-        self.table.flush(owner.node, owner.owner, false);
+        self.table.flush(owner.node, owner.owner);
     }
 
     fn reapply(&self, id: OwnerId, kind: impl Fn(LockKind) -> LockKind) -> io::Result<()> {
@@ -139,6 +139,8 @@ pub struct Handover {
     table: Arc<LockTable>,
     node: NodeId,
     file: Arc<OwnedFd>,
+    access: OFlags,
+    pids: Arc<[u32]>,
     windows: Vec<Fh>,
     finished: bool,
 }
@@ -149,11 +151,18 @@ impl Handover {
         node: NodeId,
         original: &OwnedFd,
     ) -> io::Result<Self> {
-        let file = crate::fd::reopen(original.as_fd(), OFlags::RDWR | OFlags::NONBLOCK)?;
+        let open = |access| crate::fd::reopen(original.as_fd(), access | OFlags::NONBLOCK);
+        // On a read-only filesystem there can be read locks only.
+        let (file, access) = match open(OFlags::RDWR) {
+            Ok(file) => (file, OFlags::RDWR),
+            Err(_) => (open(OFlags::RDONLY)?, OFlags::RDONLY),
+        };
         Ok(Self {
             table,
             node,
             file: Arc::new(file),
+            access,
+            pids: Arc::from([]),
             windows: Vec::new(),
             finished: false,
         })
@@ -183,11 +192,24 @@ impl Handover {
         ofd::set(self.file.as_fd(), None, range)
     }
 
+    /// Says whose locks these are (thread group ids), where several processes hand over locks through the same handles. To be called before [`Handover::accept`].
+    pub fn limit_to(&mut self, pids: &[u32]) {
+        self.pids = Arc::from(pids);
+    }
+
     /// From now on locks that arrive on these handles are the ones being handed over: their owner is the process, and it holds them on this handover's description.
     pub fn accept(&mut self, handles: &[HandleId]) {
         let mut state = lock(&self.table.state);
         for handle in handles {
-            state.windows.insert(handle.0, Arc::clone(&self.file));
+            state
+                .windows
+                .entry(handle.0)
+                .or_default()
+                .push(super::Window {
+                    file: Arc::clone(&self.file),
+                    access: self.access,
+                    pids: Arc::clone(&self.pids),
+                });
             self.windows.push(handle.0);
         }
     }
@@ -216,7 +238,12 @@ impl Handover {
     fn close(&self) {
         let mut state = lock(&self.table.state);
         for fh in &self.windows {
-            state.windows.remove(fh);
+            if let Some(windows) = state.windows.get_mut(fh) {
+                windows.retain(|window| !Arc::ptr_eq(&window.file, &self.file));
+                if windows.is_empty() {
+                    state.windows.remove(fh);
+                }
+            }
         }
     }
 }
@@ -237,7 +264,7 @@ impl Drop for Handover {
             mine.map(|(owner, _)| *owner).collect()
         };
         for owner in owners {
-            self.table.flush(self.node, owner, false);
+            self.table.flush(self.node, owner);
         }
     }
 }

@@ -60,7 +60,7 @@ struct State {
     inodes: HashMap<NodeId, InodeLocks>,
     waiting: HashMap<Unique, Waiting>,
     /// Handles on which a graft is registering locks, and with which description.
-    windows: HashMap<Fh, Arc<OwnedFd>>,
+    windows: HashMap<Fh, Vec<Window>>,
     /// Who has ever locked a range of which inode; a file that has seen too many owners has them all.
     seen: HashMap<NodeId, BTreeSet<u64>>,
 }
@@ -98,6 +98,16 @@ enum Waiting {
         wait: Option<Arc<Wait>>,
         reply: Reply,
     },
+}
+
+/// A handle on which a graft is registering the locks of a process.
+#[derive(Clone)]
+struct Window {
+    /// Where the process's locks are held meanwhile.
+    file: Arc<OwnedFd>,
+    access: OFlags,
+    /// Whose locks these are; anybody's when empty.
+    pids: Arc<[u32]>,
 }
 
 /// Answers to give once the table is free again.
@@ -258,10 +268,16 @@ impl State {
 
     /// A handle on which a graft registers locks: the owner that is now learnt holds them on the graft's description.
     fn bind_window(&mut self, ask: &Ask) {
-        if let Some(file) = self.windows.get(&ask.fh) {
+        let window = self.windows.get(&ask.fh).and_then(|windows| {
+            windows
+                .iter()
+                .find(|window| window.pids.contains(&ask.pid))
+                .or_else(|| windows.iter().find(|window| window.pids.is_empty()))
+        });
+        if let Some(window) = window {
             let description = Description {
-                file: Arc::clone(file),
-                access: OFlags::RDWR,
+                file: Arc::clone(&window.file),
+                access: window.access,
             };
             self.inodes
                 .entry(ask.node)
@@ -550,14 +566,31 @@ impl LockTable {
     }
 
     /// A descriptor was closed: the POSIX locks of its process on this inode go.
-    pub(crate) fn flush(self: &Arc<Self>, node: NodeId, owner: Owner, leave: bool) {
-        self.drop_owners(node, leave, |_| vec![owner]);
+    pub(crate) fn flush(self: &Arc<Self>, node: NodeId, owner: Owner) {
+        self.drop_owners(node, false, |_| vec![owner]);
     }
 
     /// A handle is gone: so are the locks that were taken through it alone.
-    pub(crate) fn release(self: &Arc<Self>, node: NodeId, fh: Fh, leave: bool) {
-        self.drop_owners(node, leave, |inode| inode.table.close(fh));
+    pub(crate) fn release(self: &Arc<Self>, node: NodeId, fh: Fh) {
+        self.drop_owners(node, false, |inode| inode.table.close(fh));
         lock(&self.state).windows.remove(&fh);
+    }
+
+    /// A handle is gone whose description goes on without us: so do that description's own locks. Those of processes stay until whoever moves them has
+    /// them released ([`Locks::release`]): nobody may get in between.
+    pub(crate) fn release_given_back(self: &Arc<Self>, node: NodeId, fh: Fh, ofd: Option<Owner>) {
+        self.drop_owners(node, true, |inode| {
+            let _ = inode.table.close(fh);
+            ofd.into_iter().collect()
+        });
+        lock(&self.state).windows.remove(&fh);
+    }
+
+    /// What was locked through one handle counts as locked through another, which has taken its place.
+    pub(crate) fn succeed(&self, node: NodeId, old: Fh, new: Fh) {
+        if let Some(inode) = lock(&self.state).inodes.get_mut(&node) {
+            inode.table.succeed(old, new);
+        }
     }
 
     fn drop_owners(

@@ -150,6 +150,22 @@ impl RangeTable {
             .collect()
     }
 
+    /// One handle takes the place of another.
+    pub(crate) fn succeed(&mut self, old: Fh, new: Fh) {
+        let owners: Vec<Owner> = self
+            .through
+            .iter()
+            .filter(|(_, through)| *through == old)
+            .map(|(owner, _)| *owner)
+            .collect();
+        self.through.retain(|(_, through)| *through != old);
+        for owner in owners {
+            if !self.through.contains(&(owner, new)) {
+                self.through.push((owner, new));
+            }
+        }
+    }
+
     /// What `owner` holds.
     pub(crate) fn of(&self, owner: Owner) -> impl Iterator<Item = Held> + '_ {
         self.held

@@ -16,6 +16,7 @@ use super::{Turn, act_as, error, fail, finish, setid_by, setid_of};
 use crate::adopt::Adopted;
 use crate::door::{Door, Purpose};
 use crate::handle::{Handle, New};
+use crate::lock::lock;
 use crate::locks::Owner;
 use crate::mirror::Inner;
 use crate::store::Node;
@@ -393,11 +394,8 @@ impl Inner {
         let Some(handle) = self.handles.remove(fh) else {
             return;
         };
-        let leave = handle.given_back.load(Ordering::Acquire);
         if handle.node.is_regular() {
-            if !handle.superseded.load(Ordering::Acquire) {
-                self.locks.release(handle.node.id, fh, leave);
-            }
+            self.end_locks(&handle);
             self.leave_io(&handle.node);
         }
         // With its last stand-in a moved description is closed, unless somebody else has it open: the program, once it was given back.
@@ -414,6 +412,22 @@ impl Inner {
         }
     }
 
+    /// What becomes of the locks of a handle that is gone.
+    fn end_locks(&self, handle: &Handle) {
+        let node = handle.node.id;
+        if handle.superseded.load(Ordering::Acquire)
+            && let Some(successor) = *lock(&handle.successor)
+            && self.handles.get(successor).is_ok()
+        {
+            return self.locks.succeed(node, handle.fh, successor);
+        }
+        if handle.given_back.load(Ordering::Acquire) {
+            let ofd = handle.ofd_owner().map(|owner| Self::owner(handle, owner));
+            return self.locks.release_given_back(node, handle.fh, ofd);
+        }
+        self.locks.release(node, handle.fh);
+    }
+
     fn owner(handle: &Handle, owner: LockOwner) -> Owner {
         Owner {
             kernel: owner,
@@ -421,19 +435,19 @@ impl Inner {
         }
     }
 
-    /// Drops the POSIX locks of a process that closes a descriptor.
+    /// Drops the POSIX locks of a process that closes a descriptor; not when it was exchanged for another: then they have moved, or are about to.
     pub(crate) fn flush_locks(&self, fh: Fh, owner: LockOwner) {
-        if let Ok(handle) = self.handles.get(fh).and_then(|handle| {
-            if handle.superseded.load(Ordering::Acquire) {
-                Err(io::ErrorKind::NotFound.into())
-            } else {
-                Ok(handle)
-            }
-        }) {
-            let leave = handle.given_back.load(Ordering::Acquire);
-            self.locks
-                .flush(handle.node.id, Self::owner(&handle, owner), leave);
+        let Ok(handle) = self.handles.get(fh) else {
+            return;
+        };
+        if handle.superseded.load(Ordering::Acquire) || handle.given_back.load(Ordering::Acquire) {
+            return;
         }
+        if handle.is_successor.load(Ordering::Acquire) && self.quiet.load(Ordering::Acquire) {
+            return;
+        }
+        self.locks
+            .flush(handle.node.id, Self::owner(&handle, owner));
     }
 
     pub(crate) fn flush(&self, fh: Fh, owner: LockOwner, reply: Reply) {
@@ -445,6 +459,10 @@ impl Inner {
             }
             Ok(())
         });
+        if self.flushless.load(Ordering::Acquire) {
+            reply.error(hobble_fuse::Errno::NOSYS);
+            return;
+        }
         finish(reply, flushed);
     }
 

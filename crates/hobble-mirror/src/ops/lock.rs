@@ -27,7 +27,7 @@ impl Inner {
             file: Arc::clone(&handle.file),
             access: handle.access,
             owner: Owner {
-                kernel: op.owner,
+                kernel: handle.canonical(op.owner),
                 class: handle.class(),
             },
             pid: op.lock.pid,
