@@ -7,6 +7,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, UNIX_EPOCH};
 
 use hobble_fuse::types::OpenMode;
 use hobble_fuse::{Backing, Errno};
@@ -14,13 +15,32 @@ use rustix::fs::OFlags;
 
 use crate::lock::lock;
 use crate::mirror::Inner;
-use crate::store::{Io, Node};
+use crate::store::{Io, Node, Seen};
 use crate::sys::identity::{self, Setid, Who};
 
 /// How one open does its I/O.
 pub(crate) struct Chosen {
     pub(crate) mode: OpenMode,
     pub(crate) backing: Option<Arc<Backing>>,
+}
+
+/// What would show that a file has changed.
+fn look(file: &OwnedFd) -> Option<Seen> {
+    let stat = crate::store::stat(file.as_fd()).ok()?;
+    Some((
+        stat.stx_size,
+        (stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec),
+        (stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec),
+    ))
+}
+
+/// Whether a change from now on must show in the times: they are as coarse as the timer tick on some filesystems (current_time, fs/inode.c).
+fn is_settled(seen: &Seen) -> bool {
+    /// Longer than any tick.
+    const TICK: Duration = Duration::from_millis(20);
+    let (_, _, (secs, nanos)) = seen;
+    let changed = u64::try_from(*secs).map(|secs| UNIX_EPOCH + Duration::new(secs, *nanos));
+    changed.is_ok_and(|changed| changed.elapsed().is_ok_and(|age| age > TICK))
 }
 
 impl Inner {
@@ -42,6 +62,7 @@ impl Inner {
             Io::Passthrough(backing) => Some(Arc::clone(backing)),
             Io::Served => None,
         };
+        let seen = data.seen.take();
         data.io = Some(io);
         drop(data);
         if backing.is_some() && flags & OFlags::ACCMODE == OFlags::RDWR {
@@ -50,6 +71,9 @@ impl Inner {
         }
         let mode = if direct {
             OpenMode::DIRECT_IO | OpenMode::PARALLEL_DIRECT_WRITES
+        } else if backing.is_none() && seen.is_some() && seen == look(file) {
+            // Cached pages are what is in the file: it is as it was when it was last closed.
+            OpenMode::KEEP_CACHE
         } else {
             OpenMode::empty()
         };
@@ -57,10 +81,13 @@ impl Inner {
     }
 
     /// The kernel has released an open, or never got it.
-    pub(crate) fn leave_io(&self, node: &Node) {
+    pub(crate) fn leave_io(&self, node: &Node, file: &OwnedFd) {
         let gone = {
             let mut data = lock(&node.data);
             data.handles = data.handles.saturating_sub(1);
+            if data.handles == 0 && matches!(data.io, Some(Io::Served)) {
+                data.seen = look(file).filter(is_settled);
+            }
             // The kernel leaves the mode before it sends RELEASE (fuse_file_put, fs/fuse/file.c), so the next open may choose anew.
             if data.handles == 0 {
                 data.io.take()

@@ -14,6 +14,20 @@
 //! | [`adopt`] | descriptors that were moved: stand-ins, and giving the originals back |
 //! | `sys` | system calls without a safe wrapper elsewhere |
 
+//!
+//! # Where it differs from the volume itself
+//!
+//! Beyond what no FUSE filesystem can hide (`st_dev`, `f_type` and with it `pathconf(_PC_LINK_MAX)`, leases, RWF_NOWAIT, `FICLONE`, `FALLOC_FL_COLLAPSE_RANGE` and
+//! `FALLOC_FL_INSERT_RANGE`, `bmap`):
+//! * a write in passthrough is made with credentials of nobody in particular: when root writes to a set-id file the bits go, where natively root keeps them; and
+//!   root cannot use what is reserved for it, except through the server;
+//! * the supplementary groups of a caller count where files are made (the directory's group) and where the kernel itself looks at them, not for blocks reserved for a group;
+//! * a rule cannot forge the *type* of a file: the kernel would mark the inode bad for as long as it lives;
+//! * `msync` of a mapping never comes to the server in passthrough, so no rule on `fsync` sees it;
+//! * a circle of OFD lock waiters gets EDEADLK, where natively it hangs;
+//! * where the backing filesystem has no file handles (overlayfs as mounted by default), names of inodes beyond half the descriptor limit are dropped from the
+//!   kernel's cache, and an unlinked file that was opened before cannot be linked again.
+
 pub mod adopt;
 mod attr;
 mod config;

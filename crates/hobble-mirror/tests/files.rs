@@ -468,6 +468,28 @@ assert os.pread(back, 5, 0) == b'after'
     }
 }
 
+/// Pages stay cached from one open to the next, as long as the file is what it was.
+#[test]
+fn without_passthrough_what_was_read_before_is_read_from_the_cache() {
+    with(Kind::Ext4, Options::without_passthrough(), |hook| {
+        fs::write(hook.behind("f"), vec![1; 1 << 20]).unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        let read = || {
+            let before = hook.metrics().requests;
+            let data = fs::read(hook.at("f")).unwrap();
+            (data, hook.metrics().requests - before)
+        };
+        let (first, cost) = read();
+        assert!(cost > 4, "{cost} requests");
+        std::thread::sleep(Duration::from_millis(20));
+        let (again, cost_again) = read();
+        assert_eq!(first, again);
+        assert!(cost_again < cost, "{cost_again} requests, {cost} before");
+        fs::write(hook.behind("f"), vec![2; 1 << 20]).unwrap();
+        assert_eq!(read().0, vec![2; 1 << 20]);
+    });
+}
+
 /// With attributes cached, too: a file that may be mapped for writing is asked about every time.
 #[test]
 fn the_times_of_a_file_that_may_be_mapped_are_never_stale() {

@@ -396,7 +396,7 @@ impl Inner {
         };
         if handle.node.is_regular() {
             self.end_locks(&handle);
-            self.leave_io(&handle.node);
+            self.leave_io(&handle.node, &handle.file);
         }
         // With its last stand-in a moved description is closed, unless somebody else has it open: the program, once it was given back.
         if let Some(adopted) = &handle.adopted {

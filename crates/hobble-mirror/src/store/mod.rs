@@ -17,7 +17,7 @@ mod node;
 
 pub(crate) use backing::{Found, resolve, stat};
 pub(crate) use names::Link;
-pub(crate) use node::{Io, Matched, Node, Place};
+pub(crate) use node::{Io, Matched, Node, Place, Seen};
 
 use std::collections::HashMap;
 use std::io;

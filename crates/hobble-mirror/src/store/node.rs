@@ -41,13 +41,18 @@ pub(crate) enum Io {
     Served,
 }
 
-/// What is known about a regular file while it is open.
+/// Size, modification and change time of a file.
+pub(crate) type Seen = (u64, (i64, u32), (i64, u32));
+
+/// What is known about the data of a regular file.
 #[derive(Default)]
 pub(crate) struct Data {
     /// Open handles.
     pub(crate) handles: u32,
     /// Their mode; `None` when there are none.
     pub(crate) io: Option<Io>,
+    /// What the file was when the last handle went, if nothing can have changed since without showing.
+    pub(crate) seen: Option<Seen>,
 }
 
 pub(crate) struct Node {
