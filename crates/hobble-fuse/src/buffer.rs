@@ -1,6 +1,6 @@
 //! Memory for requests and replies.
 //!
-//! A [`Buffer`] is large enough for the largest request, and places the payload of a WRITE at an address that is a multiple of
+//! A buffer is large enough for the largest request, and places the payload of a WRITE at an address that is a multiple of
 //! [`ALIGNMENT`]: 80 bytes of headers go just in front of it, so that one `read` of the device leaves data which an O_DIRECT
 //! write of the backing file accepts. Buffers go back to their [`Pool`] when dropped; the pool keeps a bounded number.
 //! Memory is zeroed once, when it is allocated, and lazily: pages that no request reaches are never touched.
