@@ -98,7 +98,9 @@ impl LockHandover for Inwards<'_> {
                 self.open.insert(key, handover);
             }
             let handover = self.open.get(&key).ok_or_else(|| Self::missing("a handover that was just begun"))?;
-            handover.take_read(lock_range(&lock.lock))?;
+            if lock.is_readable {
+                handover.take_read(lock_range(&lock.lock))?;
+            }
         }
         Ok(())
     }

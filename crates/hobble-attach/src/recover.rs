@@ -138,12 +138,27 @@ fn read_story(dir: &AttachmentDir) -> Result<Option<Story>, AttachError> {
 
 /// What the holder runs when the server has died: the same undoing, in a process that shares the holder's descriptors.
 pub(crate) fn successor(config: &ServeConfig, _holder: Pid) -> i32 {
+    hang_up();
     let result = attachment(&config.state_dir, &config.id).and_then(|dir| undo(&dir, true, |_| {}));
     match result {
         Ok(()) => DONE,
         Err(error) => {
             tracing::error!(%error, cause = error.cause_chain(), "the target could not be put back");
             NEEDS_RECOVERY
+        }
+    }
+}
+
+/// Ends the conversations of the dead server: its sockets live on in the table that we share with the holder, and whoever is connected would wait for ever.
+fn hang_up() {
+    let Ok(list) = std::fs::read_dir("/proc/self/fd") else { return };
+    let numbers: Vec<i32> = list.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    let Ok(own) = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()) else { return };
+    for number in numbers {
+        if let Ok(socket) = rustix::process::pidfd_getfd(&own, number, PidfdGetfdFlags::empty())
+            && rustix::net::sockopt::socket_domain(&socket) == Ok(rustix::net::AddressFamily::UNIX)
+        {
+            let _ = rustix::net::shutdown(&socket, rustix::net::Shutdown::Both);
         }
     }
 }
@@ -279,6 +294,7 @@ impl Undoing<'_> {
             .map_err(|error| AttachError::new(Step::Recover, "the stopped target cannot be looked into").because(error).needing_recovery())?;
         self.left.clear();
         let mut switch = Switch::new(&census);
+        switch.locks_are_gone();
         let mut moves = 0;
         for description in census.descriptions() {
             match originals.of(description, &census) {
@@ -484,7 +500,7 @@ impl Originals {
     /// Gives up the OFD locks that the dead server held for others.
     fn unlock_servers(&self) {
         let kept: Vec<i32> = self.kept.values().copied().collect();
-        for held in self.held.values().flatten().filter(|held| !kept.contains(&held.number)) {
+        for held in self.held.values().flatten().filter(|held| !kept.contains(&held.number) && !held.flags.contains(OFlags::PATH)) {
             if let Err(error) = sys::unlock_description(held.file.as_fd()) {
                 tracing::debug!(number = held.number, %error, "a lock of the dead server stays");
             }

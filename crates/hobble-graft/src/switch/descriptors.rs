@@ -27,6 +27,8 @@ pub(super) struct Item<'a> {
     pub(super) places: Vec<(Fd, bool)>,
     /// POSIX locks of the table, found on this description.
     pub(super) locks: Vec<FileLock>,
+    /// Whether it is open for reading, as a read lock demands.
+    pub(super) is_readable: bool,
     /// Whether some of the places may hold the replacement.
     pub(super) is_touched: bool,
 }

@@ -41,6 +41,8 @@ pub(super) struct Job<'a> {
     pub(super) directories: Vec<(FsId, directories::Item<'a>)>,
     pub(super) mappings: Vec<mappings::Item<'a>>,
     locks: Locks,
+    /// Whoever kept the locks is dead: there is nothing to weaken through the old descriptors.
+    pub(super) are_locks_gone: bool,
 }
 
 impl<'a> Job<'a> {
@@ -53,6 +55,7 @@ impl<'a> Job<'a> {
             directories: Vec::new(),
             mappings: Vec::new(),
             locks: Locks::Full,
+            are_locks_gone: false,
         }
     }
 
@@ -250,8 +253,10 @@ impl<'a> Job<'a> {
             return Ok(());
         }
         let pid = self.process.pid;
-        self.locks = Locks::Weak;
-        locks::hold(borrowed, &moved, Hold::Read, deadline)?;
+        if !self.are_locks_gone {
+            self.locks = Locks::Weak;
+            locks::hold(borrowed, &moved, Hold::Read, deadline)?;
+        }
         handover
             .before(&moved, Way::There)
             .map_err(|source| SwitchError::Handover { pid, source })?;

@@ -41,6 +41,7 @@ pub(super) fn of_items(table: TableId, pid: crate::ids::Pid, items: &[Item<'_>])
                     description,
                     fd,
                     lock: *lock,
+                    is_readable: item.is_readable,
                 })
         })
         .collect()
@@ -73,7 +74,11 @@ pub(super) fn hold(
 ) -> Result<(), SwitchError> {
     let wanted: Vec<&MovedLock> = locks
         .iter()
-        .filter(|moved| hold == Hold::Read || moved.lock.kind == LockKind::Write)
+        .filter(|moved| match hold {
+            // A write lock cannot be weakened through a descriptor that may only write.
+            Hold::Read => moved.is_readable,
+            Hold::Full => moved.lock.kind == LockKind::Write,
+        })
         .collect();
     let kind = match hold {
         Hold::Read => LockKind::Read,

@@ -248,6 +248,7 @@ pub struct Switch<'c> {
     directories: BTreeMap<(FsId, bool), OwnedFd>,
     files: BTreeMap<MappedFileId, OwnedFd>,
     locks: BTreeMap<DescriptionId, Vec<DescriptionLock>>,
+    are_locks_gone: bool,
 }
 
 impl<'c> Switch<'c> {
@@ -259,6 +260,7 @@ impl<'c> Switch<'c> {
             directories: BTreeMap::new(),
             files: BTreeMap::new(),
             locks: BTreeMap::new(),
+            are_locks_gone: false,
         }
     }
 
@@ -272,6 +274,11 @@ impl<'c> Switch<'c> {
     /// file of a filesystem that keeps its locks itself, as FUSE does (fs/fuse/file.c, `fuse_setlk`).
     pub fn locks(&mut self, id: DescriptionId, locks: Vec<DescriptionLock>) {
         self.locks.insert(id, locks);
+    }
+
+    /// Says that the locks of [`Self::locks`] are not held any more, because whoever kept them is dead: they are only taken, not handed over.
+    pub fn locks_are_gone(&mut self) {
+        self.are_locks_gone = true;
     }
 
     /// Makes `replacement` (which may be open with `O_PATH`) the working directory of everybody who shares `id`.
@@ -315,6 +322,9 @@ impl<'c> Switch<'c> {
         let mut jobs = self
             .jobs(stopped, &mut report)
             .map_err(|error| failed(error, true))?;
+        for job in &mut jobs {
+            job.are_locks_gone = self.are_locks_gone;
+        }
         let mut error = None;
         let mut last_gone = None;
         for job in &mut jobs {
@@ -475,6 +485,7 @@ impl<'c> Switch<'c> {
                 back: facts.kept.as_fd(),
                 places,
                 locks,
+                is_readable: matches!(facts.flags.access(), crate::census::Access::Read | crate::census::Access::ReadWrite),
                 is_touched: false,
             });
         }

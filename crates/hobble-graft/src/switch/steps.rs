@@ -95,6 +95,9 @@ pub struct MovedLock {
     pub fd: Fd,
     /// Kind and range, as they are between switches.
     pub lock: FileLock,
+    /// Whether the description is open for reading. A write lock on one that is not cannot be turned into a read lock: it is lost with the exchange and taken
+    /// again as soon as the new descriptors are in place, and nobody can hold the range in between.
+    pub is_readable: bool,
 }
 
 /// Whoever keeps a range from outsiders while the target cannot: any `dup3` over a descriptor of a file drops all POSIX locks of the table on
