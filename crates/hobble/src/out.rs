@@ -16,6 +16,9 @@ use serde::Serialize;
 /// Progress is shown once something takes longer than this.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// Where lines stay, the same progress is not told again sooner than this.
+const REPEAT: Duration = Duration::from_secs(10);
+
 /// Colours that are used, by meaning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Style {
@@ -55,7 +58,7 @@ pub(crate) struct Out {
 #[derive(Debug)]
 struct Progress {
     since: Instant,
-    last_line: Option<Instant>,
+    last_line: Option<(Instant, String)>,
     shown: bool,
 }
 
@@ -160,8 +163,8 @@ impl Out {
         let _ = writeln!(std::io::stderr().lock(), "{line}");
     }
 
-    /// Says how far something has come, if it takes long: rewritten in place on a terminal, at most one line a second
-    /// elsewhere. Ended by [`Out::progress_done`] or by any other output.
+    /// Says how far something has come, if it takes long: rewritten in place on a terminal; elsewhere at most one line a
+    /// second, and less often when there is nothing new. Ended by [`Out::progress_done`] or by any other output.
     pub(crate) fn progress(&mut self, now: Instant, text: &str) {
         let progress = self.progress.get_or_insert(Progress {
             since: now,
@@ -175,11 +178,11 @@ impl Out {
         if self.err_is_terminal {
             progress.shown = true;
             let _ = write!(stderr, "\r\x1b[K{text}").and_then(|()| stderr.flush());
-        } else if progress
-            .last_line
-            .is_none_or(|last| now.duration_since(last) >= PATIENCE)
-        {
-            progress.last_line = Some(now);
+        } else if progress.last_line.as_ref().is_none_or(|(last, said)| {
+            let silence = now.duration_since(*last);
+            silence >= REPEAT || (silence >= PATIENCE && said != text)
+        }) {
+            progress.last_line = Some((now, text.to_owned()));
             let _ = writeln!(stderr, "{text}");
         }
     }
@@ -245,6 +248,11 @@ impl Table {
         I::Item: Into<String>,
     {
         self.rows.push(cells.into_iter().map(Into::into).collect());
+    }
+
+    /// The lines of [`Table::lines`], two blanks further in.
+    pub(crate) fn indented(&self) -> impl Iterator<Item = String> {
+        self.lines().into_iter().map(|line| format!("  {line}"))
     }
 
     /// Lines of equal columns, two blanks apart, without blanks at the end.

@@ -255,7 +255,7 @@ pub(crate) fn preflight(preflight: &Preflight) -> Vec<Line> {
     if !preflight.processes.is_empty() {
         lines.push(Line::plain("affected:"));
         let mut table =
-            Table::new(&["  PID", "NAME", "DESCRIPTORS", "MAPPINGS", "LOCKS"]).right(&[0, 2, 3, 4]);
+            Table::new(&["PID", "NAME", "DESCRIPTORS", "MAPPINGS", "LOCKS"]).right(&[0, 2, 3, 4]);
         for process in &preflight.processes {
             table.row([
                 process.pid.to_string(),
@@ -265,7 +265,7 @@ pub(crate) fn preflight(preflight: &Preflight) -> Vec<Line> {
                 process.locks.to_string(),
             ]);
         }
-        lines.extend(table.lines().into_iter().map(Line::Plain));
+        lines.extend(table.indented().map(Line::Plain));
     }
     lines
 }
@@ -287,9 +287,9 @@ fn phase(status: &Status) -> String {
     }
 }
 
-/// One row for each attachment; those whose server does not answer by their id and the reason.
+/// One row for each attachment; of those whose server does not answer there is only the id.
 pub(crate) fn list<'a>(
-    attachments: impl Iterator<Item = (&'a str, Result<&'a Status, String>)>,
+    attachments: impl Iterator<Item = (&'a str, Option<&'a Status>)>,
     now: Timestamp,
 ) -> Vec<String> {
     let mut table = Table::new(&[
@@ -298,7 +298,7 @@ pub(crate) fn list<'a>(
     .right(&[2, 6, 7]);
     for (id, status) in attachments {
         match status {
-            Ok(status) => {
+            Some(status) => {
                 let target = status.targets.first();
                 table.row([
                     printable(id),
@@ -317,12 +317,12 @@ pub(crate) fn list<'a>(
                     left(status.deadline, now),
                 ]);
             }
-            Err(cause) => table.row([
+            None => table.row([
                 printable(id),
                 "lost".to_owned(),
                 "-".to_owned(),
                 "-".to_owned(),
-                printable(&cause),
+                "-".to_owned(),
             ]),
         }
     }

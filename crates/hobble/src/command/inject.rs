@@ -4,6 +4,7 @@
 //! loss of its server, and a signal asks for recovery instead of ending the command; with `--detach` the command leaves as
 //! soon as the rules are in force.
 
+use std::collections::BTreeSet;
 use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
@@ -12,8 +13,9 @@ use hobble_api::Timestamp;
 use hobble_api::event::{Event, EventKind, Progress, Recovered, Why};
 use hobble_api::exit::ExitCode;
 use hobble_api::status::Verdict;
-use hobble_attach::{AttachError, InjectOptions, Lifetime, Session};
+use hobble_attach::{AttachError, InjectOptions, Lifetime, Session, Step};
 
+use crate::command::watch::{Afterwards, Watch};
 use crate::command::{need_root, print};
 use crate::fail::{Fail, Outcome};
 use crate::intent;
@@ -23,6 +25,9 @@ use crate::signals::Signals;
 
 /// How often the wait for events looks for signals.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// How long the holder of a dead server may take to put everything back.
+const HOLDER_WITHIN: Duration = Duration::from_secs(30);
 
 /// Carries it out.
 pub(crate) fn run(intent: &intent::Inject, out: &mut Out) -> Outcome<()> {
@@ -43,6 +48,8 @@ pub(crate) fn run(intent: &intent::Inject, out: &mut Out) -> Outcome<()> {
         busy: Some("attaching"),
         why: None,
         injecting: false,
+        watch: None,
+        told: BTreeSet::new(),
     };
     foreground.run(out)
 }
@@ -85,6 +92,9 @@ struct Foreground<'a> {
     busy: Option<&'static str>,
     why: Option<Why>,
     injecting: bool,
+    watch: Option<Watch>,
+    /// Codes of what has been told to be degraded.
+    told: BTreeSet<String>,
 }
 
 impl Foreground<'_> {
@@ -102,13 +112,16 @@ impl Foreground<'_> {
             let event = match self.session.next_event(LOOK) {
                 Ok(Some(event)) => event,
                 Ok(None) if self.session.ended() => return Err(self.ended_without_a_word()),
+                Ok(None) if self.watch.as_ref().is_some_and(Watch::server_is_dead) => {
+                    return Err(self.lost(AttachError::new(Step::Control, "the server died"), out));
+                }
                 Ok(None) => {
                     if let Some(busy) = self.busy {
                         out.progress(Instant::now(), busy);
                     }
                     continue;
                 }
-                Err(error) => return Err(self.lost(error)),
+                Err(error) => return Err(self.lost(error, out)),
             };
             out.event(&event);
             if let EventKind::Attaching(progress) = &event.kind {
@@ -118,9 +131,10 @@ impl Foreground<'_> {
             out.progress_done();
             // A failure is told once, by the error that ends the command.
             if !out.is_json() && !matches!(event.kind, EventKind::Failed(_)) {
-                print(out, render::event(&event));
+                print(out, render::event(&self.untold(&event)));
             }
             match event.kind {
+                EventKind::Attached(_) => self.watch = Watch::of(&self.session),
                 EventKind::Injecting(_) => {
                     self.injecting = true;
                     self.busy = None;
@@ -253,15 +267,49 @@ impl Foreground<'_> {
         .needing_recovery()
     }
 
-    fn lost(&self, error: AttachError) -> Fail {
-        Fail::from(error)
-            .about(self.session.id())
-            .context(format!("lost sight of attachment {}", self.session.id()))
-            .hint(format!(
-                "its holder puts everything back; `hobble recover {}` makes sure of it",
-                self.session.id()
-            ))
-            .needing_recovery()
+    /// The event without those degradations that have been told before: pre-flight and attaching find the same ones.
+    fn untold(&mut self, event: &Event) -> Event {
+        let mut event = event.clone();
+        let reasons = match &mut event.kind {
+            EventKind::Preflight(preflight) => &mut preflight.reasons,
+            EventKind::Attached(attached) => &mut attached.degraded,
+            _ => return event,
+        };
+        reasons.retain(|reason| self.told.insert(reason.code.clone()));
+        event
+    }
+
+    /// The server is dead or cannot be heard any more: its holder puts everything back, and that is waited for.
+    fn lost(&self, error: AttachError, out: &mut Out) -> Fail {
+        let id = self.session.id();
+        let recovering = EventKind::Recovering {
+            why: Why::LostServer,
+        };
+        out.event(&Event::new(Timestamp::now(), id, recovering.clone()));
+        out.progress_done();
+        if !out.is_json() {
+            print(
+                out,
+                render::event(&Event::new(Timestamp::now(), id, recovering)),
+            );
+        }
+        let state_dir = &self.options.state_dir;
+        let afterwards =
+            Watch::afterwards(self.watch.as_ref(), state_dir, id, HOLDER_WITHIN, || {
+                out.progress(Instant::now(), "waiting for the holder");
+            });
+        let fail = Fail::from(error).about(id);
+        match afterwards {
+            Afterwards::PutBack => fail
+                .context(format!(
+                    "attachment {id} ended early; its holder has put everything back"
+                ))
+                .exiting(ExitCode::RolledBack.code()),
+            Afterwards::StillThere => fail
+                .context(format!("attachment {id} is without a server"))
+                .hint(format!("hobble recover {id}"))
+                .needing_recovery(),
+        }
     }
 }
 

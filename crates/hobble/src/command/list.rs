@@ -1,5 +1,7 @@
 //! `hobble ps` and `hobble show`.
 
+use std::time::Duration;
+
 use hobble_api::Timestamp;
 use hobble_api::exit::ExitCode;
 use hobble_attach::Client;
@@ -8,8 +10,11 @@ use serde::Serialize;
 use crate::cli::{Global, Show};
 use crate::command::{need_root, print, resolve};
 use crate::fail::{Fail, Outcome};
-use crate::out::Out;
+use crate::out::{Out, printable};
 use crate::render;
+
+/// How long an attachment that has said goodbye may take to be gone.
+const ENDING: Duration = Duration::from_millis(300);
 
 /// What JSON says of an attachment that does not answer.
 #[derive(Serialize)]
@@ -23,13 +28,20 @@ struct Lost<'a> {
 /// Every attachment. One that is lost makes the exit code say that recovery is needed.
 pub(crate) fn ps(global: &Global, out: &mut Out) -> Outcome<()> {
     need_root()?;
-    let listed = hobble_attach::list(&global.state_dir)?;
+    let mut listed = hobble_attach::list(&global.state_dir)?;
+    if listed.iter().any(|attachment| attachment.status.is_err()) {
+        // One that ended while it was asked is neither lost nor there.
+        std::thread::sleep(ENDING);
+        let ids = hobble_attach::ids(&global.state_dir)?;
+        listed.retain(|attachment| attachment.status.is_ok() || ids.contains(&attachment.id));
+    }
     let mut lost = Vec::new();
     for attachment in &listed {
         match &attachment.status {
             Ok(status) => out.object(status),
             Err(error) => {
                 lost.push(attachment.id.as_str());
+                out.warn("warning:", &printable(&full_cause(error)));
                 out.object(&Lost {
                     id: &attachment.id,
                     phase: "lost",
@@ -42,12 +54,9 @@ pub(crate) fn ps(global: &Global, out: &mut Out) -> Outcome<()> {
     if listed.is_empty() {
         out.line("nothing is attached");
     } else {
-        let rows = listed.iter().map(|attachment| {
-            (
-                attachment.id.as_str(),
-                attachment.status.as_deref().map_err(full_cause),
-            )
-        });
+        let rows = listed
+            .iter()
+            .map(|attachment| (attachment.id.as_str(), attachment.status.as_deref().ok()));
         for line in render::list(rows, Timestamp::now()) {
             out.line(line);
         }

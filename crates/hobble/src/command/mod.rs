@@ -8,6 +8,7 @@ pub(crate) mod generate;
 pub(crate) mod inject;
 pub(crate) mod list;
 pub(crate) mod recover;
+mod watch;
 
 use std::path::Path;
 

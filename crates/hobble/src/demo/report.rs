@@ -247,7 +247,7 @@ impl<'a> Reporter<'a> {
             .out
             .paint(Style::Bold, &format!("What pid {pid} has open, {state}"));
         self.out.line(heading);
-        let mut table = Table::new(&["  FD", "FILE", "MOUNT", "FILESYSTEM"]).right(&[0, 2]);
+        let mut table = Table::new(&["FD", "FILE", "MOUNT", "FILESYSTEM"]).right(&[0, 2]);
         for descriptor in descriptors {
             let name = descriptor
                 .path
@@ -260,7 +260,7 @@ impl<'a> Reporter<'a> {
                 descriptor.filesystem.clone(),
             ]);
         }
-        for line in table.lines() {
+        for line in table.indented() {
             self.out.line(line);
         }
     }
@@ -376,7 +376,7 @@ impl<'a> Reporter<'a> {
         );
         self.out.line(heading);
         let mut table = Table::new(&[
-            "  PHASE",
+            "PHASE",
             "COMMITS/S",
             "MEDIAN",
             "99 %",
@@ -395,7 +395,7 @@ impl<'a> Reporter<'a> {
         for phase in phases {
             let (p50, p99, _) = quantiles(phase);
             let mut cells = vec![
-                format!("  {}", title(&phase.name)),
+                title(&phase.name).to_owned(),
                 format!("{:.0}", per_second(phase)),
                 human_duration(Duration::from_micros(p50)),
                 human_duration(Duration::from_micros(p99)),
@@ -404,7 +404,7 @@ impl<'a> Reporter<'a> {
             cells.extend(shares(phase));
             table.row(cells);
         }
-        for line in table.lines() {
+        for line in table.indented() {
             self.out.line(line);
         }
     }
@@ -416,28 +416,28 @@ impl<'a> Reporter<'a> {
             .paint(Style::Bold, "How long the program stood still");
         self.out.line(heading);
         let mut table = Table::new(&[
-            "  ",
+            "",
             "MEASURED BY HOBBLE",
             "LONGEST GAP ON THE PROGRAM'S OWN CLOCK",
         ])
         .right(&[1, 2]);
         let native = [
-            String::from("  native"),
+            String::from("native"),
             "-".to_owned(),
             human_duration(native_gap),
         ];
         table.row(native);
         table.row([
-            "  attaching".to_owned(),
+            "attaching".to_owned(),
             human_duration(findings.attach_pause),
             human_duration(findings.attach_gap),
         ]);
         table.row([
-            "  recovering".to_owned(),
+            "recovering".to_owned(),
             human_duration(findings.recover_pause),
             human_duration(findings.recover_gap),
         ]);
-        for line in table.lines() {
+        for line in table.indented() {
             self.out.line(line);
         }
     }
