@@ -89,7 +89,7 @@ impl Engine {
                 + census.mapped_files().len()
                 + census.fs_structs().iter().filter(|fs| fs.cwd.is_some() || fs.root.is_some()).count();
             if moves == 0 && !hook.is_placed() {
-                given.left = left(&census, &stays);
+                given.left = left(hook, &census, &stays);
                 return Ok(());
             }
             if moves == 0 {
@@ -224,15 +224,22 @@ fn staying(hook: &Hook, census: &Census, known: &Known, force: bool) -> BTreeSet
     census.descriptions().map(|description| description.id).filter(|id| known.descriptions.get(id).is_some_and(stays)).collect()
 }
 
-fn left(census: &Census, stays: &BTreeSet<DescriptionId>) -> Vec<NotCoveredStatus> {
+fn left(hook: &Hook, census: &Census, stays: &BTreeSet<DescriptionId>) -> Vec<NotCoveredStatus> {
     census
         .descriptions()
         .filter(|description| stays.contains(&description.id))
         .map(|description| {
             let table = description.places.first().map(|place| place.table);
             let member = census.tables().iter().find(|known| Some(known.id) == table).and_then(|known| known.members.first());
+            // Once the hook is unmounted the kernel prints paths from the hook's own root.
+            let relative = hook.volume().relative(&description.facts.path);
             NotCoveredStatus {
-                what: format!("descriptor {} of {}", description.places.first().map_or(-1, |place| place.fd.as_raw()), description.facts.path.display()),
+                what: format!(
+                    "descriptor {} of {}/{}",
+                    description.places.first().map_or(-1, |place| place.fd.as_raw()),
+                    String::from_utf8_lossy(hook.volume().absolute()),
+                    String::from_utf8_lossy(&relative)
+                ),
                 reason: "it was opened while attached and the file has POSIX locks: it is served without faults until it is closed; --force gives it back at once".to_owned(),
                 pid: member.and_then(|member| u32::try_from(member.pid.as_raw()).ok()),
             }
@@ -245,7 +252,7 @@ fn returns<'c>(hook: &Hook, census: &'c Census, known: &Known, force: bool) -> R
     let mirror = hook.mirror();
     let stays = staying(hook, census, known, force);
     let held = mirror.with_locks(|locks| locks.held());
-    let mut returns = Returns { switch: Switch::new(census), owners: BTreeMap::new(), given: Vec::new(), stays: left(census, &stays), moves: 0 };
+    let mut returns = Returns { switch: Switch::new(census), owners: BTreeMap::new(), given: Vec::new(), stays: left(hook, census, &stays), moves: 0 };
     let failed = |path: &std::path::Path| {
         let path = path.display().to_string();
         move |error: std::io::Error| AttachError::io(Step::Recover, format!("give back what {path} on the hook came from"), error)

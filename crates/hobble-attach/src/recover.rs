@@ -486,7 +486,8 @@ impl Originals {
             return Err(lost("it has no name, and the process that kept it open is dead"));
         }
         let (root, printed) = self.root.as_ref().ok_or_else(|| lost("the volume itself cannot be reached"))?;
-        let relative = volume::below(printed, &facts.path).ok_or_else(|| lost("its name is not below the volume"))?;
+        // The hook is unmounted by now, so the kernel prints paths from the hook's own root (d_path of a detached mount).
+        let relative = volume::below(printed, &facts.path).or_else(|| volume::below(b"/", &facts.path)).ok_or_else(|| lost("its name is not below the volume"))?;
         let relative = if relative.is_empty() { b".".to_vec() } else { relative };
         let how = rustix::fs::ResolveFlags::BENEATH | rustix::fs::ResolveFlags::NO_SYMLINKS;
         let found = rustix::fs::openat2(root, relative, flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOFOLLOW, Mode::empty(), how)?;

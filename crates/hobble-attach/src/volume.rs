@@ -202,9 +202,9 @@ impl Volume {
         if text.is_empty() { "/".to_owned() } else { text }
     }
 
-    /// A path of a file of the volume, relative to its root.
+    /// A path of a file of the volume, relative to its root; also one that the kernel prints from the root of a mount that is attached nowhere.
     pub(crate) fn relative(&self, path: &Path) -> Vec<u8> {
-        below(&self.inner.printed, path).unwrap_or_else(|| path.file_name().map(|name| name.as_bytes().to_vec()).unwrap_or_default())
+        below(&self.inner.printed, path).or_else(|| below(b"/", path)).unwrap_or_default()
     }
 
     /// The name of the only file that rules are for.
