@@ -255,6 +255,8 @@ mod tests {
             "--max-pause",
             "10ms",
             "--detach",
+            "--state-dir",
+            "/state",
         ])
         .unwrap()
         .options;
@@ -265,6 +267,7 @@ mod tests {
         assert_eq!(options.seed, Some(1));
         assert_eq!(options.max_pause, Duration::from_millis(10));
         assert!(options.detach);
+        assert_eq!(options.state_dir, Path::new("/state"));
         let document = options.document.unwrap();
         assert_eq!(document.rules.len(), 2);
         assert_eq!(document.volume.as_deref(), Some("/other"));
@@ -287,7 +290,6 @@ mod tests {
         assert_eq!(options.lifetime, Lifetime::For(Duration::from_secs(600)));
         assert_eq!(options.seed, None);
         assert_eq!(options.max_pause, Duration::from_millis(250));
-        assert_eq!(options.state_dir, Path::new("/run/hobble"));
     }
 
     #[test]
