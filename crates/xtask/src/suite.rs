@@ -61,7 +61,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     if !options.tests_only {
         step("format", &mut || {
-            check(tools::cargo().args(["fmt", "--all", "--check"]))
+            check(tools::cargo().args(["fmt", "--all", "--", "--check", "--files-with-diff"]))
         });
         step("lints", &mut || {
             check(tools::cargo().args([
