@@ -99,11 +99,13 @@ impl Mirror {
         })
     }
 
-    /// What the server shall ask the kernel for on behalf of a mirror: [`Features::MIRROR`] without the cache of symlinks, behind which a rule on
-    /// `readlink` would not be seen.
+    /// What the server shall ask the kernel for on behalf of a mirror: [`Features::MIRROR`] without
+    /// * the cache of symlinks, behind which a rule on `readlink` would not be seen;
+    /// * truncation as part of OPEN: the kernel finds out only afterwards that the file is being executed (`handle_truncate`, fs/namei.c), says ETXTBSY as
+    ///   it should, and the running program is gone. As an operation of its own the truncation comes after the check.
     #[must_use]
     pub const fn features() -> Features {
-        Features::MIRROR.difference(Features::CACHE_SYMLINKS)
+        Features::MIRROR.difference(Features::CACHE_SYMLINKS.union(Features::ATOMIC_O_TRUNC))
     }
 
     /// Puts a plan in force (or none) for all operations that arrive from now on. `origin` is when injection began. Has the kernel drop what it has cached and that

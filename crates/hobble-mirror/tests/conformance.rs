@@ -52,7 +52,9 @@ fn pjdfstest(directory: &Path, other: &Path, config: &Path) -> BTreeMap<String, 
 /// The one test that no FUSE filesystem can run: it asks `pathconf(_PC_LINK_MAX)`, which glibc derives from the type of the filesystem.
 const NEEDS_TYPE: &str = "link::link_count_max";
 
-fn pjdfstest_is_as_native(options: Options) {
+/// All three at once: most of what the suite does is to sleep, for the sake of times that must differ.
+#[test]
+fn pjdfstest_says_the_same_with_passthrough_without_it_and_natively() {
     let namespace = Namespace::enter().unwrap();
     let volume = Volume::new(&namespace, Kind::Ext4).unwrap();
     let other = Volume::sized(&namespace, Kind::Tmpfs, 64 << 20).unwrap();
@@ -62,38 +64,39 @@ fn pjdfstest_is_as_native(options: Options) {
         "[features]\nposix_fallocate = {{}}\nrename_ctime = {{}}\nutime_now = {{}}\nutimensat = {{}}\n[dummy_auth]\nentries = {users}\n"
     );
     std::fs::write(&config, text).unwrap();
-    let native = volume.directory("native").unwrap();
-    let back = volume.directory("back").unwrap();
-    for directory in [&native, &back] {
-        std::fs::set_permissions(
-            directory,
-            std::os::unix::fs::PermissionsExt::from_mode(0o755),
-        )
-        .unwrap();
-    }
-    let expected = pjdfstest(&native, other.path(), &config);
-    let hook = Hook::new(&back, options);
-    let found = pjdfstest(&hook.front, other.path(), &config);
-    let different: Vec<_> = expected
-        .iter()
-        .filter(|(name, result)| found.get(*name) != Some(result))
-        .map(|(name, result)| (name, result, found.get(name)))
-        .filter(|(name, _, found)| {
-            !(name.as_str() == NEEDS_TYPE && found.is_some_and(|found| found == "skipped"))
-        })
-        .collect();
-    assert!(different.is_empty(), "not as native: {different:#?}");
+    let directory = |name| {
+        let directory = volume.directory(name).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&directory, mode).unwrap();
+        directory
+    };
+    let native = directory("n");
+    let hooks = [
+        Hook::new(&directory("a"), Options::default()),
+        Hook::new(&directory("b"), Options::without_passthrough()),
+    ];
+    let elsewhere = other.path().to_path_buf();
+    let run = |directory: &Path| pjdfstest(directory, &elsewhere, &config);
+    let (expected, found) = std::thread::scope(|threads| {
+        let run = &run;
+        let found = hooks
+            .each_ref()
+            .map(|hook| threads.spawn(move || run(&hook.front)));
+        (run(&native), found.map(|found| found.join().unwrap()))
+    });
+    assert!(hooks[0].mirror.passthrough() && !hooks[1].mirror.passthrough());
     assert!(expected.values().filter(|result| *result == "ok").count() > 350);
-}
-
-#[test]
-fn pjdfstest_with_passthrough() {
-    pjdfstest_is_as_native(Options::default());
-}
-
-#[test]
-fn pjdfstest_without_passthrough() {
-    pjdfstest_is_as_native(Options::without_passthrough());
+    for found in found {
+        let different: Vec<_> = expected
+            .iter()
+            .filter(|(name, result)| found.get(*name) != Some(result))
+            .map(|(name, result)| (name, result, found.get(name)))
+            .filter(|(name, _, found)| {
+                !(name.as_str() == NEEDS_TYPE && found.is_some_and(|found| found == "skipped"))
+            })
+            .collect();
+        assert!(different.is_empty(), "not as native: {different:#?}");
+    }
 }
 
 /// Everything fsx can do, on one file of its own.

@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use hobble_fuse::mount::{self, Connection, MountOptions};
@@ -69,10 +70,10 @@ pub struct Hook {
 impl Hook {
     /// Mirrors `back` at a new directory beside it.
     pub fn new(back: &Path, options: Options) -> Self {
-        let front = back
-            .parent()
-            .unwrap()
-            .join(format!("front-{:?}", Instant::now()).replace([' ', '{', '}', ':', ','], ""));
+        // Short: a socket's path has room for 107 bytes (unix(7)).
+        static SERIAL: AtomicU32 = AtomicU32::new(0);
+        let name = format!("m{}", SERIAL.fetch_add(1, Ordering::Relaxed));
+        let front = back.parent().unwrap().join(name);
         std::fs::create_dir(&front).unwrap();
         let open = |path: &Path| {
             rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap()
