@@ -630,8 +630,27 @@ fn what_a_mount_below_the_volume_covers_is_what_is_served() {
     )
     .unwrap();
     fs::write(back.join("m/on-top"), "x").unwrap();
-    {
-        let hook = Hook::new(&back, Options::default());
+    use rustix::mount::{OpenTreeFlags, open_tree};
+    let clone = |flags| {
+        open_tree(
+            CWD,
+            &back,
+            OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | flags,
+        )
+        .unwrap()
+    };
+    for root in [
+        None,
+        Some(clone(OpenTreeFlags::empty())),
+        Some(clone(OpenTreeFlags::AT_RECURSIVE)),
+    ] {
+        let hook = Hook::new(
+            &back,
+            Options {
+                root,
+                ..Options::default()
+            },
+        );
         let names: Vec<_> = fs::read_dir(hook.at("m"))
             .unwrap()
             .map(|entry| entry.unwrap().file_name())

@@ -251,3 +251,15 @@ impl Store {
         realm.open(handle, flags)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A million of them have to fit; the kernel's own inode takes about a kilobyte.
+    #[test]
+    fn a_node_stays_small() {
+        assert!(size_of::<Node>() <= 256, "{} bytes", size_of::<Node>());
+        eprintln!("{} bytes", size_of::<Node>());
+    }
+}

@@ -29,6 +29,8 @@ pub struct Options {
     pub passthrough: bool,
     pub caching: Caching,
     pub native: bool,
+    /// What to serve instead of the backing directory itself, such as a clone of its tree.
+    pub root: Option<OwnedFd>,
     pub mask: Features,
     pub callers: Arc<dyn Callers>,
 }
@@ -39,6 +41,7 @@ impl Default for Options {
             passthrough: true,
             caching: Caching::default(),
             native: true,
+            root: None,
             mask: Features::all(),
             callers: Arc::new(Everybody),
         }
@@ -79,7 +82,7 @@ impl Hook {
             rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap()
         };
         let config = Config {
-            root: open(back),
+            root: options.root.unwrap_or_else(|| open(back)),
             native: options.native.then(|| open(back)),
             volume: b"/volume".to_vec(),
             caching: options.caching,
