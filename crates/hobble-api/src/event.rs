@@ -9,6 +9,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
+use crate::exit::ExitCode;
 use crate::status::{NotCovered, Preflight, Reason, RuleCounts};
 use crate::{Timestamp, VERSION};
 
@@ -226,6 +227,9 @@ pub struct Failed {
     pub hint: Option<String>,
     /// Whether the target is as it was: true also when it was never touched.
     pub rolled_back: bool,
+    /// The exit code that fits, where the other fields do not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit: Option<ExitCode>,
 }
 
 impl<'de> Deserialize<'de> for Event {
@@ -367,6 +371,7 @@ mod tests {
                 cause: "pid 7 did not stop".into(),
                 hint: Some("try again".into()),
                 rolled_back: true,
+                exit: Some(ExitCode::RolledBack),
             }),
         ]
     }

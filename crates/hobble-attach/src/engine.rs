@@ -236,7 +236,9 @@ impl Engine {
     /// The plan to begin with, compiled before anything is opened because it chooses how files are opened.
     pub(crate) fn first_plan(&mut self) -> Result<Option<Arc<Plan>>, AttachError> {
         let Some(document) = &self.config.document else {
-            self.board.edit(|status| status.seed = 0);
+            // Told all the same: a rule set that comes by an update without a seed of its own goes on with it.
+            let seed = self.config.seed.unwrap_or_else(draw_seed);
+            self.board.edit(|status| status.seed = seed);
             return Ok(None);
         };
         let experiment = self.check(document, Step::Inject)?;

@@ -246,7 +246,12 @@ impl Hook {
 
     /// Opens what replaces the file of a mapping. The mapping itself keeps the file, so nothing is kept here.
     pub(crate) fn stand_in_for_mapping(&self, file: &MappedFile) -> std::io::Result<(AdoptedId, OwnedFd)> {
-        self.stand_in(file.kept.try_clone()?, self.adoption(&file.facts, 0, Vec::new()))
+        let (id, stand_in) = self.stand_in(file.kept.try_clone()?, self.adoption(&file.facts, 0, Vec::new()))?;
+        // The target receives it, maps it and closes it again, which must not give up the locks that the target holds on the same file.
+        if let Some(handle) = self.mirror.identify(stand_in.as_fd())?.handle {
+            self.mirror.supersede(&[handle], true);
+        }
+        Ok((id, stand_in))
     }
 
     /// Opens what replaces a working or root directory.

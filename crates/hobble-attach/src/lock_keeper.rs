@@ -66,6 +66,14 @@ impl<'a> Inwards<'a> {
         self.census.description(lock.description).map(|description| (description.facts.device.raw(), description.facts.inode))
     }
 
+    /// The processes that share a descriptor table, and so its POSIX locks.
+    fn processes(&self, table: TableId) -> Vec<u32> {
+        let members = self.census.tables().iter().filter(|known| known.id == table).flat_map(|known| &known.members);
+        let mut pids: Vec<u32> = members.filter_map(|member| u32::try_from(member.pid.as_raw()).ok()).collect();
+        pids.dedup();
+        pids
+    }
+
     fn missing(what: &str) -> io::Error {
         io::Error::new(io::ErrorKind::NotFound, what.to_owned())
     }
@@ -94,6 +102,7 @@ impl LockHandover for Inwards<'_> {
             if !self.open.contains_key(&key) {
                 let adopted = self.adopted.get(&lock.description).ok_or_else(|| Self::missing("a lock on a description without a stand-in"))?;
                 let mut handover = self.hook.mirror().begin_handover(*adopted)?;
+                handover.limit_to(&self.processes(lock.table));
                 handover.accept(self.handles.get(&(dev, ino)).map(Vec::as_slice).unwrap_or_default());
                 self.open.insert(key, handover);
             }

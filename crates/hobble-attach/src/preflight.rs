@@ -108,8 +108,9 @@ pub(crate) fn survey(pid: i32, start: u64, scope: Scope, path: &Path, state_dir:
     }
     let affected = census.as_ref().map(affected).unwrap_or_default();
     let steps = volume.as_ref().map(|volume| plan(volume, &affected, scope)).unwrap_or_default();
-    let refusal = reasons.refuse.first().map(|(reason, exit)| {
-        let error = AttachError::new(Step::Preflight, reason.text.clone()).exiting(*exit);
+    let exit = exit_of(&reasons.refuse).unwrap_or(ExitCode::Failed);
+    let refusal = reasons.refuse.first().map(|(reason, _)| {
+        let error = AttachError::new(Step::Preflight, reason.text.clone()).exiting(exit);
         match &reason.hint {
             Some(hint) => error.hinting(hint.clone()),
             None => error,
@@ -157,6 +158,12 @@ fn machine(reasons: &mut Reasons) {
         ),
         Err(error) => reasons.refuse("fuse", chain(&error), Some("`hobble doctor` tells more")),
     }
+}
+
+/// The exit code of a refusal: that the target has gone matters more than what else is wrong.
+fn exit_of(refusals: &[(Reason, ExitCode)]) -> Option<ExitCode> {
+    let vanished = refusals.iter().any(|(_, exit)| *exit == ExitCode::TargetVanished);
+    if vanished { Some(ExitCode::TargetVanished) } else { refusals.first().map(|(_, exit)| *exit) }
 }
 
 /// Whether a process can be stopped and worked on.

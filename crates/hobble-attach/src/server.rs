@@ -62,6 +62,9 @@ fn foreign(error: AttachError) -> crate::journal::JournalError {
 pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32 {
     // Blocked before any thread is made, so that only the signal thread takes them.
     sys::block_signals(&SIGNALS);
+    // A file size limit that this process inherited is not the target's: a write past it would end the server.
+    sys::block_signals(&[libc::SIGXFSZ]);
+    let _ = rustix::process::setrlimit(rustix::process::Resource::Fsize, rustix::process::Rlimit { current: None, maximum: None });
     let dir = match StateDir::open(&config.state_dir, false).and_then(|state| state.attachment(&config.id)) {
         Ok(dir) => dir,
         Err(error) => return give_up(&lifeline, &error.to_string()),
@@ -125,6 +128,7 @@ pub(crate) fn publish_failure(board: &Board, error: &AttachError) {
         cause,
         hint: error.hint().map(str::to_owned),
         rolled_back: error.rolled_back(),
+        exit: Some(error.exit_code()),
     }));
 }
 
@@ -133,6 +137,7 @@ pub(crate) fn failure_code(error: &AttachError) -> i32 {
     if error.rolled_back() { DONE } else { NEEDS_RECOVERY }
 }
 
+/// What the server says when it cannot even begin: the whole chain, on one line.
 fn give_up(mut lifeline: &UnixStream, problem: &str) -> i32 {
     tracing::error!(problem, "the server cannot start");
     let _ = lifeline.write_all(format!("{}\n", problem.replace('\n', " ")).as_bytes());

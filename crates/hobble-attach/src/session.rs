@@ -229,7 +229,8 @@ pub fn failure(failed: hobble_api::event::Failed) -> AttachError {
     };
     if failed.rolled_back {
         let touched = !matches!(step, Step::Options | Step::Preflight | Step::Journal | Step::Spawn | Step::Serve);
-        error.exiting(if touched { ExitCode::RolledBack } else { ExitCode::Failed })
+        let told = failed.exit.filter(|exit| matches!(exit, ExitCode::Usage | ExitCode::TargetVanished));
+        error.exiting(told.unwrap_or(if touched { ExitCode::RolledBack } else { ExitCode::Failed }))
     } else {
         error.needing_recovery()
     }

@@ -169,6 +169,7 @@ impl Fail {
             cause: cause.join(": "),
             hint: self.hint.clone(),
             rolled_back: self.rolled_back,
+            exit: None,
         }
     }
 }

@@ -220,7 +220,14 @@ fn open(
         OFlags::RDONLY
     };
     let flags = access | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
-    let opened = rustix::fs::open(&path, flags, Mode::empty())
+    let opened = match rustix::fs::open(&path, flags, Mode::empty()) {
+        // The server of its filesystem is dead. A place in the tree can be had without asking it; it serves to know the file, not to map it again.
+        Err(Errno::NOTCONN | Errno::CONNABORTED) => {
+            rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        }
+        opened => opened,
+    };
+    let opened = opened
         .and_then(|file| facts::of_descriptor(&file).map(|attributes| (file, attributes.identity)));
     match opened {
         Ok(opened) => Ok(Some(opened)),

@@ -9,8 +9,8 @@ use rustix::io::Errno;
 
 use super::locks::{self, Hold};
 use super::steps::{LockHandover, MovedLock, Step, StepLog, Way};
-use super::{NotMoved, Report, SwitchError, descriptors, directories, mappings, sys};
-use crate::census::{FsId, Table, TableId};
+use super::{NotMoved, Report, SwitchError, descriptors, directories, in_place, mappings, sys};
+use crate::census::{Census, FsId, Table, TableId};
 use crate::ids::{Fd, ProcessId, Tid};
 use crate::remote::{Borrowed, MESSAGE_DESCRIPTORS};
 use crate::stop::{Deadline, Stopped};
@@ -36,6 +36,7 @@ enum Locks {
 pub(super) struct Job<'a> {
     pub(super) process: ProcessId,
     pub(super) tid: Tid,
+    census: &'a Census,
     table: &'a Table,
     pub(super) items: Vec<descriptors::Item<'a>>,
     pub(super) directories: Vec<(FsId, directories::Item<'a>)>,
@@ -46,10 +47,11 @@ pub(super) struct Job<'a> {
 }
 
 impl<'a> Job<'a> {
-    pub(super) fn new(process: ProcessId, tid: Tid, table: &'a Table) -> Self {
+    pub(super) fn new(process: ProcessId, tid: Tid, census: &'a Census, table: &'a Table) -> Self {
         Self {
             process,
             tid,
+            census,
             table,
             items: Vec::new(),
             directories: Vec::new(),
@@ -69,8 +71,8 @@ impl<'a> Job<'a> {
         report: &mut Report,
     ) -> Result<(), SwitchError> {
         self.with_thread(stopped, deadline, log, |job, borrowed, message, log| {
-            job.exchange_descriptors(borrowed, message, deadline, log, handover, report)?;
-            job.exchange_directories(borrowed, deadline, log, report)?;
+            // Mappings first: each is made through a descriptor that is closed again, and closing any descriptor of a file drops the POSIX locks that the
+            // process holds on it (fcntl_locking(2)). Before the descriptors are exchanged the locks are on the other filesystem's file.
             if !job.mappings.is_empty() {
                 record(log, &job.mappings_step(Way::There, |_| true))?;
                 let (count, bytes) =
@@ -78,7 +80,8 @@ impl<'a> Job<'a> {
                 report.mappings += count;
                 report.bytes_copied += bytes;
             }
-            Ok(())
+            job.exchange_directories(borrowed, deadline, log, report)?;
+            job.exchange_descriptors(borrowed, message, deadline, log, handover, report)
         })
     }
 
@@ -246,10 +249,21 @@ impl<'a> Job<'a> {
             return Ok(());
         }
         record(log, &self.descriptors_step(Way::There, |_| true))?;
+        let numbers = in_place::Numbers {
+            census: self.census,
+            table: self.table.id,
+            is_alone: self.table.members.len() == 1,
+        };
         let moved = self.moved_locks();
         if moved.is_empty() {
-            report.descriptors +=
-                descriptors::place(borrowed, &mut self.items, Way::There, message, deadline)?;
+            report.descriptors += descriptors::place(
+                borrowed,
+                &mut self.items,
+                Way::There,
+                message,
+                Some(numbers),
+                deadline,
+            )?;
             return Ok(());
         }
         let pid = self.process.pid;
@@ -262,8 +276,14 @@ impl<'a> Job<'a> {
             .map_err(|source| SwitchError::Handover { pid, source })?;
         self.locks = Locks::Lost;
         let lost = Instant::now();
-        report.descriptors +=
-            descriptors::place(borrowed, &mut self.items, Way::There, message, deadline)?;
+        report.descriptors += descriptors::place(
+            borrowed,
+            &mut self.items,
+            Way::There,
+            message,
+            Some(numbers),
+            deadline,
+        )?;
         locks::hold(borrowed, &moved, Hold::Read, deadline)?;
         handover
             .after(&moved, Way::There)
@@ -301,13 +321,27 @@ impl<'a> Job<'a> {
             &self.descriptors_step(Way::Back, |item| item.is_touched),
         )?;
         if moved.is_empty() {
-            descriptors::place(borrowed, &mut self.items, Way::Back, message, deadline)?;
+            descriptors::place(
+                borrowed,
+                &mut self.items,
+                Way::Back,
+                message,
+                None,
+                deadline,
+            )?;
             return Ok(());
         }
         handover
             .before(&moved, Way::Back)
             .map_err(|source| SwitchError::Handover { pid, source })?;
-        descriptors::place(borrowed, &mut self.items, Way::Back, message, deadline)?;
+        descriptors::place(
+            borrowed,
+            &mut self.items,
+            Way::Back,
+            message,
+            None,
+            deadline,
+        )?;
         locks::hold(borrowed, &moved, Hold::Read, deadline)?;
         handover
             .after(&moved, Way::Back)

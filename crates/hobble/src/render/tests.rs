@@ -134,6 +134,7 @@ fn history_has_one_line_an_event() {
                 cause: "pid 7 did not stop".into(),
                 hint: None,
                 rolled_back: true,
+                exit: None,
             }),
             "failed at stop: pid 7 did not stop; the target is as it was",
         ),
