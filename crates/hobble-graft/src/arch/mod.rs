@@ -42,6 +42,9 @@ pub(crate) const STOP_ON_ERROR: u32 = 4;
 /// The fifth argument is the address of a 32-bit descriptor number (`mmap`).
 pub(crate) const CELL_5: u32 = 8;
 
+/// A result of 0 ends the batch: nothing was there, as from a socket whose other end is closed.
+pub(crate) const STOP_ON_ZERO: u32 = 16;
+
 /// The result of an entry that was not reached. No system call returns it (error numbers end at -4095).
 pub(crate) const NOT_RUN: i64 = i64::MIN;
 

@@ -618,6 +618,24 @@ impl Census {
         &self.not_covered
     }
 
+    /// All numbers in use in a table, whatever they refer to, ascending.
+    pub(crate) fn numbers_in(&self, table: TableId) -> impl Iterator<Item = Fd> {
+        self.slots
+            .get(&table)
+            .into_iter()
+            .flat_map(|slots| slots.keys().copied())
+    }
+
+    /// Whether an io_uring is open in a table: threads of the kernel may then open and close files in it while the program stands still.
+    pub(crate) fn has_ring(&self, table: TableId) -> bool {
+        let mut slots = self
+            .slots
+            .get(&table)
+            .into_iter()
+            .flat_map(BTreeMap::values);
+        slots.any(scan::Slot::is_ring)
+    }
+
     /// The volume's descriptors in one table, by ascending number, each with its description.
     pub fn places_in(&self, table: TableId) -> Vec<(Place, DescriptionId)> {
         let mut places: Vec<_> = self

@@ -34,6 +34,12 @@ pub(super) enum Slot {
     },
 }
 
+impl Slot {
+    pub(super) fn is_ring(&self) -> bool {
+        matches!(self, Self::Other { link, .. } if link == b"anon_inode:[io_uring]")
+    }
+}
+
 /// Ids that were not yet given.
 #[derive(Debug, Default)]
 pub(super) struct Ids {

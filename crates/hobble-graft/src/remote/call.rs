@@ -2,7 +2,7 @@
 
 use rustix::io::Errno;
 
-use crate::arch::{self, CELL_1, CLEAR_CELL, Entry, NOT_RUN, STOP_ON_ERROR};
+use crate::arch::{self, CELL_1, CLEAR_CELL, Entry, NOT_RUN, STOP_ON_ERROR, STOP_ON_ZERO};
 
 /// One system call to be made by a borrowed thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +43,12 @@ impl Call {
     /// An error of this call ends the batch.
     pub(crate) fn or_stop(mut self) -> Self {
         self.0.flags |= STOP_ON_ERROR;
+        self
+    }
+
+    /// As [`Self::or_stop`], and so does a result of 0.
+    pub(crate) fn or_stop_at_nothing(mut self) -> Self {
+        self.0.flags |= STOP_ON_ERROR | STOP_ON_ZERO;
         self
     }
 

@@ -199,10 +199,32 @@ const CALLS_WITHOUT_US: &[i64] = &[
     libc::SYS_fcntl,
 ];
 
+/// What a thread could go on doing if its tracer died, its filters being enforced again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Alone {
+    /// Bring to its end what it has begun to receive in place: what is closed is received, too.
+    pub(super) receives_in_place: bool,
+    /// `close_range`, which older allow lists do not know.
+    pub(super) closes_ranges: bool,
+}
+
+/// Calls that receive in place. All must be allowed, for after the first the others have to follow.
+const RECEIVING_IN_PLACE: &[i64] = &[
+    libc::SYS_recvfrom,
+    libc::SYS_close,
+    libc::SYS_recvmsg,
+    libc::SYS_dup3,
+];
+
 /// Refuses threads that their own filters would kill for finishing without us.
-pub(super) fn check(tid: Tid, seccomp: Seccomp) -> Result<(), RemoteError> {
+pub(super) fn check(tid: Tid, seccomp: Seccomp) -> Result<Alone, RemoteError> {
     match seccomp {
-        Seccomp::Disabled => return Ok(()),
+        Seccomp::Disabled => {
+            return Ok(Alone {
+                receives_in_place: true,
+                closes_ranges: true,
+            });
+        }
         Seccomp::Strict => {
             return Err(RemoteError::Filtered {
                 tid,
@@ -220,24 +242,30 @@ pub(super) fn check(tid: Tid, seccomp: Seccomp) -> Result<(), RemoteError> {
             Err(_) => return Err(RemoteError::Filtered { tid, call: -1 }),
         }
     }
-    for call in CALLS_WITHOUT_US {
-        let number = u32::try_from(*call).unwrap_or(u32::MAX);
+    let verdict_on = |call: i64| {
         let seen = Seen {
-            number,
+            number: u32::try_from(call).unwrap_or(u32::MAX),
             architecture: arch::AUDIT_ARCHITECTURE,
             ip: 0,
             arguments: [0; 6],
         };
+        verdict(&filters, &seen)
+    };
+    for call in CALLS_WITHOUT_US {
         let worst = if *call == libc::SYS_rt_sigprocmask {
             Verdict::Allowed
         } else {
             Verdict::Error
         };
-        if verdict(&filters, &seen) > worst {
+        if verdict_on(*call) > worst {
             return Err(RemoteError::Filtered { tid, call: *call });
         }
     }
-    Ok(())
+    let is_allowed = |call: &i64| verdict_on(*call) == Verdict::Allowed;
+    Ok(Alone {
+        receives_in_place: RECEIVING_IN_PLACE.iter().all(is_allowed),
+        closes_ranges: is_allowed(&libc::SYS_close_range),
+    })
 }
 
 #[cfg(test)]

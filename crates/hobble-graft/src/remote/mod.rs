@@ -23,6 +23,7 @@
 
 mod call;
 mod error;
+mod feed;
 mod filter;
 mod memory;
 mod place;
@@ -38,6 +39,7 @@ use rustix::net::{RecvFlags, SendFlags};
 
 pub(crate) use call::{Call, Cell};
 pub use error::RemoteError;
+pub(crate) use feed::{Letter, Taken};
 pub(crate) use memory::Memory;
 pub use residue::{Cleaned, Residue, clean};
 
@@ -58,7 +60,16 @@ const PEER: u64 = 52;
 const CLEANUP: u64 = 0x1000;
 const TABLE: u64 = 0x6000;
 const DATA: u64 = 0x1_8000;
-const SCRATCH_LENGTH: u64 = 0x2_0000;
+/// Messages that are received in place; see `feed`.
+const LETTERS: u64 = DATA + 0x6000;
+const SCRATCH_LENGTH: u64 = 0x2_8000;
+
+/// One byte for each word that the code says: [`DONE`] is in the header, [`TAKEN`] behind it.
+const TAKEN_AT: u64 = 36;
+/// What is said at the end of a table.
+const DONE: u8 = 0;
+/// What is said when a message has been received in place.
+const TAKEN: u8 = 1;
 
 /// Where a received message goes: `struct msghdr`, `struct iovec`, the byte, the control buffer.
 const MESSAGE: u64 = DATA;
@@ -117,8 +128,12 @@ pub struct Borrowed<'s> {
     registers: Registers,
     mask: u64,
     seccomp: Seccomp,
+    /// What the thread could go on doing without us.
+    alone: filter::Alone,
     position: Position,
     socket: Option<OwnedFd>,
+    /// The number of the target's end of the socket.
+    socket_number: Option<Fd>,
     scratch: u64,
     is_blocked: bool,
     /// Whether the cells in the scratch mapping hold numbers; zeroes before that would name descriptor 0.
@@ -156,7 +171,7 @@ impl<'s> Borrowed<'s> {
         let seccomp = status::of_thread(tid)
             .map_err(|source| RemoteError::Inspect { pid, source })?
             .seccomp;
-        filter::check(tid, seccomp)?;
+        let alone = filter::check(tid, seccomp)?;
         let mut image = Image::new();
         let size = image.bytes().len();
         let mappings = place::mappings(pid)?;
@@ -206,8 +221,10 @@ impl<'s> Borrowed<'s> {
             registers,
             mask,
             seccomp,
+            alone,
             position: Position::Trapped,
             socket: None,
+            socket_number: None,
             scratch: 0,
             is_blocked: false,
             has_cells: false,
@@ -272,6 +289,7 @@ impl<'s> Borrowed<'s> {
             deadline,
         )?;
         self.socket = Some(self.take(Cell(got + PEER))?);
+        self.socket_number = Some(self.number_in(Cell(got + SOCKET))?);
         // Serve from here on. The first batch closes the other end and bounds the wait.
         let mut timeval = [0; 16];
         timeval[..8].copy_from_slice(&SILENCE.to_le_bytes());
@@ -340,6 +358,7 @@ impl<'s> Borrowed<'s> {
     fn write_header(&mut self) -> Result<(), RemoteError> {
         let base = self.scratch;
         self.memory.write(base + SOCKET, &[0xff; 8])?;
+        self.memory.write(base + TAKEN_AT, &[TAKEN])?;
         self.memory
             .write(base + CONTROL, &[0xff; 16 + 4 * (MESSAGE_DESCRIPTORS + 1)])?;
         let cells = (0..MESSAGE_DESCRIPTORS as u64)
@@ -367,10 +386,14 @@ impl<'s> Borrowed<'s> {
 
     /// A descriptor of the target, as one of ours.
     fn take(&mut self, cell: Cell) -> Result<OwnedFd, RemoteError> {
+        let fd = self.number_in(cell)?;
+        self.get_fd(fd)
+    }
+
+    fn number_in(&mut self, cell: Cell) -> Result<Fd, RemoteError> {
         let mut number = [0; 4];
         self.memory.read(cell.0, &mut number)?;
-        let fd = Fd::new(i32::from_le_bytes(number)).ok_or(RemoteError::Lost { tid: self.tid })?;
-        self.get_fd(fd)
+        Fd::new(i32::from_le_bytes(number)).ok_or(RemoteError::Lost { tid: self.tid })
     }
 
     /// `pidfd_getfd` on the table of the borrowed thread (not of its process: a thread may have a table of its own).
@@ -517,30 +540,15 @@ impl<'s> Borrowed<'s> {
         }
         let mut descriptors = Some(descriptors).filter(|list| !list.is_empty());
         for batch in calls.chunks_mut(TABLE_ENTRIES) {
-            let bytes: Vec<u8> = batch.iter().flat_map(|call| call.0.to_bytes()).collect();
-            let first = self.scratch + TABLE;
-            let end = first + bytes.len() as u64;
-            self.memory.write(first, &bytes)?;
-            let mut header = [0; 16];
-            header[..8].copy_from_slice(&first.to_le_bytes());
-            header[8..].copy_from_slice(&end.to_le_bytes());
-            self.memory.write(self.scratch + TABLE_FIRST, &header)?;
+            self.write_table(batch)?;
             self.start_batch()?;
             // After the word to start, which would otherwise be found in the descriptors' message.
-            let sent = descriptors.take().map_or(Ok(()), |list| self.send(list));
+            let sent = descriptors
+                .take()
+                .map_or(Ok(()), |list| self.send_or_nothing(list));
             self.await_byte(deadline)?;
             sent?;
-            let reached = self.memory.read_u64(self.scratch + PROGRESS)?;
-            let made = usize::try_from(reached.saturating_sub(first) / ENTRY_SIZE as u64)
-                .unwrap_or(0)
-                .min(batch.len());
-            let mut results = vec![0; made * ENTRY_SIZE];
-            self.memory.read(first, &mut results)?;
-            for (call, bytes) in batch.iter_mut().zip(results.chunks_exact(ENTRY_SIZE)) {
-                if let Some(Ok(word)) = bytes.get(ENTRY_SIZE - 8..).map(<[u8; 8]>::try_from) {
-                    call.0.result = i64::from_le_bytes(word);
-                }
-            }
+            let made = self.read_results(batch)?;
             let failed = batch.iter().any(|call| {
                 call.0.flags & STOP_ON_ERROR != 0 && !matches!(call.result(), Some(Ok(_)))
             });
@@ -549,6 +557,32 @@ impl<'s> Borrowed<'s> {
             }
         }
         Ok(())
+    }
+
+    fn write_table(&mut self, calls: &[Call]) -> Result<(), RemoteError> {
+        let bytes: Vec<u8> = calls.iter().flat_map(|call| call.0.to_bytes()).collect();
+        let first = self.scratch + TABLE;
+        let end = first + bytes.len() as u64;
+        self.memory.write(first, &bytes)?;
+        let mut header = [0; 16];
+        header[..8].copy_from_slice(&first.to_le_bytes());
+        header[8..].copy_from_slice(&end.to_le_bytes());
+        self.memory.write(self.scratch + TABLE_FIRST, &header)
+    }
+
+    /// Fills in the results of the calls that were made, and says how many.
+    fn read_results(&mut self, calls: &mut [Call]) -> Result<usize, RemoteError> {
+        let reached = self.memory.read_u64(self.scratch + PROGRESS)?;
+        let made = reached.saturating_sub(self.scratch + TABLE) / ENTRY_SIZE as u64;
+        let made = usize::try_from(made).unwrap_or(0).min(calls.len());
+        let mut results = vec![0; made * ENTRY_SIZE];
+        self.memory.read(self.scratch + TABLE, &mut results)?;
+        for (call, bytes) in calls.iter_mut().zip(results.chunks_exact(ENTRY_SIZE)) {
+            if let Some(Ok(word)) = bytes.get(ENTRY_SIZE - 8..).map(<[u8; 8]>::try_from) {
+                call.0.result = i64::from_le_bytes(word);
+            }
+        }
+        Ok(made)
     }
 
     /// To be called now and then during long work outside the target, which would otherwise take us for dead.
@@ -598,14 +632,18 @@ impl<'s> Borrowed<'s> {
 
     /// Waits for the word that a table is done.
     fn await_byte(&mut self, deadline: Deadline) -> Result<(), RemoteError> {
+        self.hear(&mut [DONE], deadline).map(drop)
+    }
+
+    /// Waits for words of the code in the target, and says how many came.
+    fn hear(&mut self, words: &mut [u8], deadline: Deadline) -> Result<usize, RemoteError> {
         loop {
             let socket = self
                 .socket
                 .as_ref()
                 .ok_or(RemoteError::Lost { tid: self.tid })?;
-            let mut byte = [0];
-            match rustix::net::recv(socket, &mut byte, RecvFlags::DONTWAIT) {
-                Ok((1.., _)) => return Ok(()),
+            match rustix::net::recv(socket, &mut *words, RecvFlags::DONTWAIT) {
+                Ok((came @ 1.., _)) => return Ok(came),
                 Ok(_) | Err(Errno::CONNRESET) => return Err(self.lost_or_gone()),
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(errno) => return Err(refused(self.pid, "hear from the code", errno)),
@@ -615,7 +653,11 @@ impl<'s> Borrowed<'s> {
                 tv_sec: 0,
                 tv_nsec: 500_000,
             };
-            let _ = rustix::event::poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&timeout));
+            let polled =
+                rustix::event::poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&timeout));
+            if matches!(polled, Ok(1..)) {
+                continue;
+            }
             match ptrace::next_stop(self.tid) {
                 Waited::Nothing => {}
                 Waited::Gone => return Err(self.gone()),
@@ -628,6 +670,17 @@ impl<'s> Borrowed<'s> {
     }
 
     /// Sends descriptors of ours to a batch that waits for them. When that is impossible, sends none, so that the batch ends.
+    fn send_or_nothing(&self, descriptors: &[BorrowedFd<'_>]) -> Result<(), RemoteError> {
+        self.send(descriptors).inspect_err(|_| self.send_nothing())
+    }
+
+    /// A message without descriptors; it is no order either.
+    fn send_nothing(&self) {
+        if let Some(socket) = &self.socket {
+            let _ = rustix::net::send(socket, &[2], SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+        }
+    }
+
     fn send(&self, descriptors: &[BorrowedFd<'_>]) -> Result<(), RemoteError> {
         use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage};
         let socket = self
@@ -646,11 +699,8 @@ impl<'s> Borrowed<'s> {
         } else {
             Err(Errno::TOOMANYREFS)
         };
-        sent.map(drop).map_err(|errno| {
-            // The batch waits: let it find a message without descriptors.
-            let _ = rustix::net::send(socket, &[2], flags);
-            refused(self.pid, "send descriptors", errno)
-        })
+        sent.map(drop)
+            .map_err(|errno| refused(self.pid, "send descriptors", errno))
     }
 
     /// Prepares the buffers for one message and gives the call that receives it. Descriptors of earlier messages must be closed.
@@ -685,6 +735,16 @@ impl<'s> Borrowed<'s> {
     /// The cell of the `index`th descriptor of the message received last.
     pub(crate) fn cell(&self, index: usize) -> Cell {
         Cell(self.scratch + CELLS + 4 * index as u64)
+    }
+
+    /// The numbers of the first descriptors of the last message, -1 where none was received or it is closed.
+    pub(crate) fn cells(&mut self, count: usize) -> Result<Vec<i32>, RemoteError> {
+        let mut cells = vec![0; 4 * count.min(MESSAGE_DESCRIPTORS)];
+        self.memory.read(self.scratch + CELLS, &mut cells)?;
+        let numbers = cells
+            .chunks_exact(4)
+            .filter_map(|cell| cell.try_into().ok());
+        Ok(numbers.map(i32::from_le_bytes).collect())
     }
 
     /// How many descriptors of the last message the target still holds open in its cells.

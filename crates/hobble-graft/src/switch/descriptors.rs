@@ -1,13 +1,15 @@
 //! Descriptors of one table.
 //!
-//! Owns the order of receiving, placing and closing. Invariant: between two messages the target holds no descriptor of ours but the socket, so
-//! a table needs only as many free numbers as one message has descriptors, and two more.
+//! Owns the order of receiving, placing and closing, where descriptors are not received in place (see `in_place`). Invariants: a descriptor changes
+//! from one file to the other in one call; between two messages the target holds no descriptor of ours but the socket, so a table needs only as
+//! many free numbers as one message has descriptors, and two more.
 
 use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
 
 use super::SwitchError;
+use super::in_place::{self, Numbers};
 use super::steps::Way;
 use crate::census::DescriptionId;
 use crate::ids::Fd;
@@ -43,7 +45,7 @@ impl<'a> Item<'a> {
 }
 
 /// Puts replacements in place, or on the way back, what was there before where it may be missing. `message` bounds how many
-/// descriptions are under way at once.
+/// descriptions are under way at once. Replacements that are slow to close are received in place, if `numbers` tells where that is.
 ///
 /// What remains if we die in here: each descriptor refers to one file or the other; nothing else.
 pub(super) fn place(
@@ -51,13 +53,36 @@ pub(super) fn place(
     items: &mut [Item<'_>],
     way: Way,
     message: usize,
+    numbers: Option<Numbers<'_>>,
     deadline: Deadline,
 ) -> Result<usize, SwitchError> {
-    let pid = borrowed.pid();
     let mut wanted: Vec<&mut Item<'_>> = items
         .iter_mut()
         .filter(|item| way == Way::There || item.is_touched)
         .collect();
+    let (mut placed, mut done) = (0, 0);
+    if let Some(numbers) = numbers {
+        let (count, free) = in_place::choose(&mut wanted, numbers, borrowed);
+        if let Some(chosen) = wanted.get_mut(..count).filter(|chosen| !chosen.is_empty())
+            && let Some(received) =
+                in_place::exchange(borrowed, chosen, &free, numbers.is_alone, deadline)?
+        {
+            (placed, done) = (received, count);
+        }
+    }
+    let rest = wanted.get_mut(done..).unwrap_or_default();
+    Ok(placed + place_by_copy(borrowed, rest, way, message, deadline)?)
+}
+
+/// Receives descriptors anywhere, and puts copies of them in place.
+fn place_by_copy(
+    borrowed: &mut Borrowed<'_>,
+    wanted: &mut [&mut Item<'_>],
+    way: Way,
+    message: usize,
+    deadline: Deadline,
+) -> Result<usize, SwitchError> {
+    let pid = borrowed.pid();
     let mut placed = 0;
     for group in wanted.chunks_mut(message.max(1)) {
         if deadline.passed() {

@@ -14,6 +14,7 @@
 
 mod descriptors;
 mod directories;
+mod in_place;
 mod job;
 mod locks;
 mod mappings;
@@ -43,6 +44,9 @@ pub use steps::{LockHandover, MovedLock, NoHandover, Step, StepLog, Way};
 const UNDO_STEP: Duration = Duration::from_millis(500);
 /// What the undo may take as a whole.
 const UNDO: Duration = Duration::from_secs(2);
+
+/// Replacements that a switch closes itself.
+const CLOSED_AT_ONCE: usize = 16;
 
 /// Why a switch failed.
 #[derive(Debug, thiserror::Error)]
@@ -485,7 +489,10 @@ impl<'c> Switch<'c> {
                 back: facts.kept.as_fd(),
                 places,
                 locks,
-                is_readable: matches!(facts.flags.access(), crate::census::Access::Read | crate::census::Access::ReadWrite),
+                is_readable: matches!(
+                    facts.flags.access(),
+                    crate::census::Access::Read | crate::census::Access::ReadWrite
+                ),
                 is_touched: false,
             });
         }
@@ -510,6 +517,20 @@ impl<'c> Switch<'c> {
                 ))
             })
             .collect()
+    }
+}
+
+impl Drop for Switch<'_> {
+    /// Closing a replacement may be a request to a server, and a switch is usually dropped while the targets still stand still: others than a few
+    /// are closed by a thread of their own.
+    fn drop(&mut self) {
+        if self.descriptions.len() <= CLOSED_AT_ONCE {
+            return;
+        }
+        let descriptions = std::mem::take(&mut self.descriptions);
+        let closer = std::thread::Builder::new().name("closer".to_owned());
+        // Where no thread can be had, this closes them.
+        let _ = closer.spawn(move || drop(descriptions));
     }
 }
 
@@ -544,7 +565,7 @@ fn job_for<'j, 's>(
                 .iter()
                 .find(|t| t.members.contains(member))
                 .ok_or_else(nobody)?;
-            jobs.push(Job::new(process, member.tid, table));
+            jobs.push(Job::new(process, member.tid, census, table));
             jobs.len() - 1
         }
     };

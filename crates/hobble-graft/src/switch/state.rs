@@ -18,8 +18,8 @@ fn settable() -> OFlags {
 
 /// Gives `to` the position, status flags, owner and signal that `facts` say the description has.
 ///
-/// A description with `O_PATH` has none of these. A position of 0 is what a new description has and is not set: on a directory any other
-/// number is a cookie that only the same filesystem understands.
+/// A description with `O_PATH` has none of these. The position is set even when it is 0: `to` need not be a new description, on the way back it is the original
+/// with the position that it was left at. On a directory a position other than 0 is a cookie that only the same filesystem understands.
 ///
 /// # Errors
 /// The first setting that the kernel refuses; those before it are made.
@@ -27,9 +27,7 @@ pub fn copy_description_state(facts: &Description, to: BorrowedFd<'_>) -> Result
     if facts.facts.is_path_only {
         return Ok(());
     }
-    if facts.position != 0 {
-        rustix::fs::seek(to, SeekFrom::Start(facts.position.cast_unsigned()))?;
-    }
+    rustix::fs::seek(to, SeekFrom::Start(facts.position.cast_unsigned()))?;
     let wanted = OFlags::from_bits_retain(facts.flags.0) & settable();
     let has = rustix::fs::fcntl_getfl(to)?;
     if has & settable() != wanted {

@@ -1,5 +1,11 @@
 //! The census of real processes. Most are forked copies of this one: what a test opens, maps or locks, its copy has too.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
 
 mod sys;
 
@@ -15,7 +21,9 @@ use std::process::{Child, Command};
 use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use hobble_graft::census::{self, Access, Census, Description, FileFacts, FileKind, NotCovered, Owner};
+use hobble_graft::census::{
+    self, Access, Census, Description, FileFacts, FileKind, NotCovered, Owner,
+};
 use hobble_graft::ids::{Fd, Pid, ProcessId, Tid};
 use hobble_graft::proc::locks::{LockClass, LockKind};
 use rustix::fs::{Mode, OFlags};
@@ -36,7 +44,11 @@ impl Volume {
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = tempfile::tempdir().unwrap();
         let root = fs::canonicalize(dir.path()).unwrap();
-        Self { dir, root, _alone: alone }
+        Self {
+            dir,
+            root,
+            _alone: alone,
+        }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -70,13 +82,21 @@ fn fd_of(file: &impl std::os::fd::AsFd) -> Fd {
 }
 
 fn open_rw(path: &Path) -> File {
-    OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap()
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .unwrap()
 }
 
 fn by_fd(census: &Census, process: ProcessId, fd: Fd) -> Option<&Description> {
     let process = census.processes().iter().find(|p| p.id == process)?;
     let table = process.threads.first()?.table;
-    census.descriptions().find(|d| d.places.iter().any(|p| p.table == table && p.fd == fd))
+    census
+        .descriptions()
+        .find(|d| d.places.iter().any(|p| p.table == table && p.fd == fd))
 }
 
 fn ascending<T: Ord>(items: impl IntoIterator<Item = T>) -> Vec<T> {
@@ -131,8 +151,15 @@ fn duplicates_are_one_description_and_second_opens_are_not() {
     let census = volume.census(&[id]);
     assert_eq!(census.descriptions().len(), 2);
     let shared = by_fd(&census, id, fd_of(&first)).unwrap();
-    let places: Vec<_> = shared.places.iter().map(|p| (p.fd, p.close_on_exec)).collect();
-    assert_eq!(places, ascending([(fd_of(&first), true), (fd_of(&duplicate), false)]));
+    let places: Vec<_> = shared
+        .places
+        .iter()
+        .map(|p| (p.fd, p.close_on_exec))
+        .collect();
+    assert_eq!(
+        places,
+        ascending([(fd_of(&first), true), (fd_of(&duplicate), false)])
+    );
     assert_eq!(shared.position, 12);
     assert_eq!(shared.facts.kind, FileKind::Regular);
     assert_eq!(shared.facts.path, volume.path("a"));
@@ -149,11 +176,20 @@ fn duplicates_are_one_description_and_second_opens_are_not() {
 #[test]
 fn flags_owners_and_signals_are_seen() {
     let volume = Volume::new();
-    let append = OpenOptions::new().append(true).create(true).open(volume.path("a")).unwrap();
+    let append = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(volume.path("a"))
+        .unwrap();
     let quiet = volume.open("a");
     sys::set_owner(append.as_fd(), 1, Pid::own().as_raw()).unwrap();
     sys::fcntl(append.as_fd(), 10, libc::SIGRTMIN()).unwrap();
-    let place = rustix::fs::open(volume.path("a"), OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+    let place = rustix::fs::open(
+        volume.path("a"),
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .unwrap();
     let directory = File::open(&volume.root).unwrap();
     std::os::unix::fs::symlink("nowhere", volume.path("link")).unwrap();
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -169,13 +205,22 @@ fn flags_owners_and_signals_are_seen() {
     assert_eq!(seen.owner, Some(Owner::Process(Pid::own().as_raw())));
     assert_eq!(seen.signal, libc::SIGRTMIN());
     let seen = of(fd_of(&quiet));
-    assert_eq!((seen.owner, seen.signal, seen.flags.access()), (None, 0, Access::ReadWrite));
+    assert_eq!(
+        (seen.owner, seen.signal, seen.flags.access()),
+        (None, 0, Access::ReadWrite)
+    );
     let seen = of(fd_of(&place));
     assert!(seen.facts.is_path_only && seen.flags.access() == Access::Path);
     let seen = of(fd_of(&directory));
-    assert_eq!((seen.facts.kind, seen.flags.access()), (FileKind::Directory, Access::Read));
+    assert_eq!(
+        (seen.facts.kind, seen.flags.access()),
+        (FileKind::Directory, Access::Read)
+    );
     let seen = of(fd_of(&link));
-    assert_eq!((seen.facts.kind, seen.facts.is_path_only), (FileKind::Symlink, true));
+    assert_eq!(
+        (seen.facts.kind, seen.facts.is_path_only),
+        (FileKind::Symlink, true)
+    );
 }
 
 #[test]
@@ -187,8 +232,15 @@ fn deleted_and_nameless_files_are_told_from_files_with_such_names() {
     let linked = volume.open("one");
     fs::hard_link(volume.path("one"), volume.path("two")).unwrap();
     fs::remove_file(volume.path("one")).unwrap();
-    let nameless = OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).open(&volume.root).unwrap();
-    let odd = volume.root.join(std::ffi::OsStr::from_bytes(b"\xff\n\\012 (deleted)"));
+    let nameless = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_TMPFILE)
+        .open(&volume.root)
+        .unwrap();
+    let odd = volume
+        .root
+        .join(std::ffi::OsStr::from_bytes(b"\xff\n\\012 (deleted)"));
     let odd_file = open_rw(&odd);
     fs::remove_file(&odd).unwrap();
     let target = Target::fork(&[]);
@@ -197,15 +249,27 @@ fn deleted_and_nameless_files_are_told_from_files_with_such_names() {
     let census = volume.census(&[id]);
     let facts = |file: &File| by_fd(&census, id, fd_of(file)).unwrap().facts.clone();
     let seen = facts(&unlinked);
-    assert_eq!((seen.path, seen.is_deleted, seen.links), (volume.path("gone"), true, 0));
+    assert_eq!(
+        (seen.path, seen.is_deleted, seen.links),
+        (volume.path("gone"), true, 0)
+    );
     let seen = facts(&misnamed);
-    assert_eq!((seen.path, seen.is_deleted, seen.links), (volume.path("here (deleted)"), false, 1));
+    assert_eq!(
+        (seen.path, seen.is_deleted, seen.links),
+        (volume.path("here (deleted)"), false, 1)
+    );
     let seen = facts(&linked);
-    assert_eq!((seen.path, seen.is_deleted, seen.links), (volume.path("one"), true, 1));
+    assert_eq!(
+        (seen.path, seen.is_deleted, seen.links),
+        (volume.path("one"), true, 1)
+    );
     let seen = facts(&nameless);
     assert!(seen.is_nameless && seen.is_deleted && seen.links == 0);
     let seen = facts(&odd_file);
-    assert_eq!((seen.path, seen.is_deleted, seen.is_nameless), (odd, true, false));
+    assert_eq!(
+        (seen.path, seen.is_deleted, seen.is_nameless),
+        (odd, true, false)
+    );
 }
 
 #[test]
@@ -226,19 +290,39 @@ fn locks_of_three_kinds_are_seen_with_their_owners() {
     let census = volume.census(&[id]);
     let of = |file: &File| by_fd(&census, id, fd_of(file)).unwrap();
     let locks = &of(&range).locks;
-    assert_eq!(locks.len(), 1, "seen through two descriptors, held once: {locks:?}");
-    assert_eq!((locks[0].lock.class, locks[0].lock.kind), (LockClass::Posix, LockKind::Write));
+    assert_eq!(
+        locks.len(),
+        1,
+        "seen through two descriptors, held once: {locks:?}"
+    );
+    assert_eq!(
+        (locks[0].lock.class, locks[0].lock.kind),
+        (LockClass::Posix, LockKind::Write)
+    );
     assert_eq!((locks[0].lock.start, locks[0].lock.end), (10, Some(14)));
     assert_eq!(locks[0].lock.pid, Some(target.pid()));
     assert_eq!(locks[0].table, Some(of(&range).places[0].table));
     assert_eq!(of(&again).id, of(&range).id);
     let locks = &of(&open).locks;
-    assert_eq!((locks[0].lock.class, locks[0].lock.kind), (LockClass::Ofd, LockKind::Read));
-    assert_eq!((locks[0].lock.start, locks[0].lock.end, locks[0].table), (100, None, None));
+    assert_eq!(
+        (locks[0].lock.class, locks[0].lock.kind),
+        (LockClass::Ofd, LockKind::Read)
+    );
+    assert_eq!(
+        (locks[0].lock.start, locks[0].lock.end, locks[0].table),
+        (100, None, None)
+    );
     let locks = &of(&whole).locks;
-    assert_eq!((locks.len(), locks[0].lock.class, locks[0].lock.kind), (1, LockClass::Flock, LockKind::Read));
+    assert_eq!(
+        (locks.len(), locks[0].lock.class, locks[0].lock.kind),
+        (1, LockClass::Flock, LockKind::Read)
+    );
     let lease = of(&leased).id;
-    assert!(census.not_covered().contains(&NotCovered::Lease { description: lease }));
+    assert!(
+        census
+            .not_covered()
+            .contains(&NotCovered::Lease { description: lease })
+    );
 }
 
 #[test]
@@ -248,7 +332,11 @@ fn children_share_descriptions_and_have_directories_of_their_own() {
     let private = volume.open("private");
     fs::create_dir(volume.path("work")).unwrap();
     rustix::io::fcntl_setfd(&inherited, rustix::io::FdFlags::empty()).unwrap();
-    let a = Program::start(Command::new("sleep").arg("100").current_dir(volume.path("work")));
+    let a = Program::start(
+        Command::new("sleep")
+            .arg("100")
+            .current_dir(volume.path("work")),
+    );
     let b = Program::start(Command::new("sleep").arg("100").current_dir("/"));
     rustix::io::fcntl_setfd(&inherited, rustix::io::FdFlags::CLOEXEC).unwrap();
     let c = Target::fork(&[]);
@@ -256,22 +344,50 @@ fn children_share_descriptions_and_have_directories_of_their_own() {
     let census = volume.census(&[a.id(), b.id(), id_of(&c)]);
     assert_eq!(census.processes().len(), 3);
     let shared = by_fd(&census, id_of(&c), fd_of(&inherited)).unwrap();
-    assert_eq!(shared.places.len(), 3, "one place in each of three tables: {:?}", shared.places);
+    assert_eq!(
+        shared.places.len(),
+        3,
+        "one place in each of three tables: {:?}",
+        shared.places
+    );
     assert_eq!(shared.places.iter().filter(|p| p.close_on_exec).count(), 1);
-    assert_eq!(by_fd(&census, id_of(&c), fd_of(&private)).unwrap().places.len(), 1);
+    assert_eq!(
+        by_fd(&census, id_of(&c), fd_of(&private))
+            .unwrap()
+            .places
+            .len(),
+        1
+    );
     for program in [&a, &b] {
-        assert_eq!(by_fd(&census, program.id(), fd_of(&inherited)).unwrap().id, shared.id);
+        assert_eq!(
+            by_fd(&census, program.id(), fd_of(&inherited)).unwrap().id,
+            shared.id
+        );
     }
     let fs_of = |id: ProcessId| {
         let process = census.processes().iter().find(|p| p.id == id).unwrap();
-        census.fs_structs().iter().find(|f| f.id == process.threads[0].fs).unwrap()
+        census
+            .fs_structs()
+            .iter()
+            .find(|f| f.id == process.threads[0].fs)
+            .unwrap()
     };
     let cwd = fs_of(a.id()).cwd.as_ref().unwrap();
     assert_eq!(cwd.facts.path, volume.path("work"));
-    assert_eq!(rustix::fs::fstat(&cwd.kept).unwrap().st_ino, cwd.facts.inode);
+    assert_eq!(
+        rustix::fs::fstat(&cwd.kept).unwrap().st_ino,
+        cwd.facts.inode
+    );
     assert!(fs_of(b.id()).cwd.is_none());
     assert!(fs_of(a.id()).root.is_none());
-    assert_eq!((census.spaces().len(), census.tables().len(), census.fs_structs().len()), (3, 3, 3));
+    assert_eq!(
+        (
+            census.spaces().len(),
+            census.tables().len(),
+            census.fs_structs().len()
+        ),
+        (3, 3, 3)
+    );
 }
 
 #[test]
@@ -282,13 +398,25 @@ fn a_process_that_ends_is_left_out() {
     let ids = [id_of(&stays), id_of(&ends)];
     let mut census = volume.census(&ids);
     assert_eq!(census.processes().len(), 2);
-    assert_eq!(by_fd(&census, ids[0], fd_of(&file)).unwrap().places.len(), 2);
+    assert_eq!(
+        by_fd(&census, ids[0], fd_of(&file)).unwrap().places.len(),
+        2
+    );
     drop(ends);
     let difference = volume.rescan(&mut census, &ids);
     assert!(difference.is_structural);
-    assert_eq!(census.processes().iter().map(|p| p.id).collect::<Vec<_>>(), [ids[0]]);
-    assert_eq!(by_fd(&census, ids[0], fd_of(&file)).unwrap().places.len(), 1);
-    let reused = ProcessId { start_time: ids[0].start_time + 1, ..ids[0] };
+    assert_eq!(
+        census.processes().iter().map(|p| p.id).collect::<Vec<_>>(),
+        [ids[0]]
+    );
+    assert_eq!(
+        by_fd(&census, ids[0], fd_of(&file)).unwrap().places.len(),
+        1
+    );
+    let reused = ProcessId {
+        start_time: ids[0].start_time + 1,
+        ..ids[0]
+    };
     assert!(volume.census(&[reused]).processes().is_empty());
 }
 
@@ -305,7 +433,11 @@ fn threads_may_have_tables_and_directories_of_their_own() {
         sys::unshare(libc::CLONE_FILES | libc::CLONE_FS).unwrap();
         std::env::set_current_dir(elsewhere).unwrap();
         let alone = open_rw(&path);
-        tell.send((rustix::thread::gettid().as_raw_nonzero().get(), fd_of(&alone))).unwrap();
+        tell.send((
+            rustix::thread::gettid().as_raw_nonzero().get(),
+            fd_of(&alone),
+        ))
+        .unwrap();
         let _ = released.recv();
     });
     let (tid, fd) = told.recv().unwrap();
@@ -316,18 +448,37 @@ fn threads_may_have_tables_and_directories_of_their_own() {
     let census = census.unwrap();
 
     let process = &census.processes()[0];
-    let thread = process.threads.iter().find(|t| t.tid == Tid::new(tid).unwrap()).unwrap();
-    let main = process.threads.iter().find(|t| t.tid == process.id.pid.leader()).unwrap();
+    let thread = process
+        .threads
+        .iter()
+        .find(|t| t.tid == Tid::new(tid).unwrap())
+        .unwrap();
+    let main = process
+        .threads
+        .iter()
+        .find(|t| t.tid == process.id.pid.leader())
+        .unwrap();
     assert_ne!(thread.table, main.table);
     assert_ne!(thread.fs, main.fs);
     let places = census.places_in(thread.table);
     let fds: Vec<Fd> = places.iter().map(|(place, _)| place.fd).collect();
     assert_eq!(fds, ascending([fd_of(&common), fd]));
     let common = by_fd(&census, own, fd_of(&common)).unwrap();
-    assert!(places.iter().any(|(_, id)| *id == common.id), "the copied table shares the description");
-    let fs = census.fs_structs().iter().find(|f| f.id == thread.fs).unwrap();
+    assert!(
+        places.iter().any(|(_, id)| *id == common.id),
+        "the copied table shares the description"
+    );
+    let fs = census
+        .fs_structs()
+        .iter()
+        .find(|f| f.id == thread.fs)
+        .unwrap();
     assert!(fs.cwd.as_ref().unwrap().facts.path.ends_with("elsewhere"));
-    let table = census.tables().iter().find(|t| t.id == thread.table).unwrap();
+    let table = census
+        .tables()
+        .iter()
+        .find(|t| t.id == thread.table)
+        .unwrap();
     assert_eq!(table.members.len(), 1);
 }
 
@@ -341,7 +492,11 @@ fn a_process_outlives_its_first_thread() {
         ctypes.CDLL(None).syscall(int(sys.argv[3]), 0)\n";
     let ready = volume.path("ready");
     let mut command = Command::new("python3");
-    command.args(["-c", program]).arg(volume.path("a")).arg(&ready).arg(libc::SYS_exit.to_string());
+    command
+        .args(["-c", program])
+        .arg(volume.path("a"))
+        .arg(&ready)
+        .arg(libc::SYS_exit.to_string());
     let program = Program::start(&mut command);
     let id = program.id();
     let end = Instant::now() + Duration::from_secs(20);
@@ -353,8 +508,15 @@ fn a_process_outlives_its_first_thread() {
     let census = volume.census(&[id]);
     assert_eq!(census.processes().len(), 1);
     let table = &census.tables()[0];
-    assert!(table.members.iter().all(|m| m.tid != id.pid.leader()), "{table:?}");
-    assert!(census.descriptions().any(|d| d.facts.path == volume.path("a")));
+    assert!(
+        table.members.iter().all(|m| m.tid != id.pid.leader()),
+        "{table:?}"
+    );
+    assert!(
+        census
+            .descriptions()
+            .any(|d| d.facts.path == volume.path("a"))
+    );
 }
 
 #[test]
@@ -363,17 +525,36 @@ fn special_files_are_listed_and_never_kept() {
     let fifo = volume.path("fifo");
     let mode = Mode::RUSR | Mode::WUSR;
     rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
-    let reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&fifo).unwrap();
+    let reader = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(&fifo)
+        .unwrap();
     let device = volume.path("null");
     let number = rustix::fs::makedev(1, 3);
-    rustix::fs::mknodat(rustix::fs::CWD, &device, rustix::fs::FileType::CharacterDevice, mode, number).unwrap();
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &device,
+        rustix::fs::FileType::CharacterDevice,
+        mode,
+        number,
+    )
+    .unwrap();
     let device = File::open(&device).unwrap();
     let target = Target::fork(&[]);
 
     let census = volume.census(&[id_of(&target)]);
     assert_eq!(census.descriptions().len(), 0);
-    let specials = ascending(census.specials().iter().map(|s| (s.fd, s.facts.kind == FileKind::Fifo)));
-    assert_eq!(specials, ascending([(fd_of(&reader), true), (fd_of(&device), false)]));
+    let specials = ascending(
+        census
+            .specials()
+            .iter()
+            .map(|s| (s.fd, s.facts.kind == FileKind::Fifo)),
+    );
+    assert_eq!(
+        specials,
+        ascending([(fd_of(&reader), true), (fd_of(&device), false)])
+    );
 }
 
 #[test]
@@ -401,14 +582,30 @@ fn what_cannot_be_moved_is_named() {
 
     let census = volume.census(&[id_of(&target), program.id()]);
     let found = |wanted: &dyn Fn(&NotCovered) -> bool| census.not_covered().iter().any(wanted);
-    assert!(found(&|n| matches!(n, NotCovered::InFlight { fd, descriptors: 1, .. } if *fd == fd_of(&right))));
+    assert!(found(
+        &|n| matches!(n, NotCovered::InFlight { fd, descriptors: 1, .. } if *fd == fd_of(&right))
+    ));
     let inode = rustix::fs::stat(&volume.root).unwrap().st_ino;
-    assert!(found(&|n| matches!(n, NotCovered::Inotify { fd, watches, .. }
-        if *fd == fd_of(&watch) && watches.iter().any(|(_, i)| *i == inode))));
-    assert!(found(&|n| matches!(n, NotCovered::Executable { process, facts }
-        if *process == program.id().pid && facts.path == path)));
-    let space = census.spaces().iter().find(|s| s.processes == [program.id().pid]).unwrap();
-    assert!(space.mappings.iter().any(|m| m.protection.execute && !m.is_shared), "its text is mapped from the volume");
+    assert!(found(
+        &|n| matches!(n, NotCovered::Inotify { fd, watches, .. }
+        if *fd == fd_of(&watch) && watches.iter().any(|(_, i)| *i == inode))
+    ));
+    assert!(found(
+        &|n| matches!(n, NotCovered::Executable { process, facts }
+        if *process == program.id().pid && facts.path == path)
+    ));
+    let space = census
+        .spaces()
+        .iter()
+        .find(|s| s.processes == [program.id().pid])
+        .unwrap();
+    assert!(
+        space
+            .mappings
+            .iter()
+            .any(|m| m.protection.execute && !m.is_shared),
+        "its text is mapped from the volume"
+    );
 }
 
 #[test]
@@ -420,7 +617,14 @@ fn mappings_have_their_properties() {
     let rw = libc::PROT_READ | libc::PROT_WRITE;
     let private = sys::Memory::map(file.as_fd(), 16 * 4096, rw, libc::MAP_PRIVATE, 0).unwrap();
     let shared = sys::Memory::map(file.as_fd(), 4 * 4096, rw, libc::MAP_SHARED, 2 * 4096).unwrap();
-    let weak = sys::Memory::map(read_only.as_fd(), 4096, libc::PROT_READ, libc::MAP_SHARED, 0).unwrap();
+    let weak = sys::Memory::map(
+        read_only.as_fd(),
+        4096,
+        libc::PROT_READ,
+        libc::MAP_SHARED,
+        0,
+    )
+    .unwrap();
     shared.poke(0, 9);
     shared.advise(libc::MADV_RANDOM).unwrap();
     drop((file, read_only));
@@ -437,14 +641,28 @@ fn mappings_have_their_properties() {
 
     let mut census = volume.census(&[id]);
     let find = |census: &Census, memory: &sys::Memory| {
-        census.spaces()[0].mappings.iter().find(|m| m.start == memory.address()).unwrap().clone()
+        census.spaces()[0]
+            .mappings
+            .iter()
+            .find(|m| m.start == memory.address())
+            .unwrap()
+            .clone()
     };
     let seen = find(&census, &private);
     assert!(!seen.is_shared && seen.flags.locked && seen.flags.dont_fork && seen.flags.dont_dump);
     assert!(!seen.flags.random && !seen.flags.sealed && !seen.flags.has_userfaultfd());
-    assert_eq!((seen.end - seen.start, seen.offset, seen.protection.bits()), (16 * 4096, 0, rw));
+    assert_eq!(
+        (seen.end - seen.start, seen.offset, seen.protection.bits()),
+        (16 * 4096, 0, rw)
+    );
     // mlock makes the kernel fault in, and for a writable private mapping copy, every page.
-    assert_eq!(seen.dirty.iter().map(|r| (r.end - r.start) / 4096).sum::<u64>(), 16);
+    assert_eq!(
+        seen.dirty
+            .iter()
+            .map(|r| (r.end - r.start) / 4096)
+            .sum::<u64>(),
+        16
+    );
     let seen = find(&census, &shared);
     assert!(seen.is_shared && seen.flags.random && seen.flags.may_write && seen.dirty.is_empty());
     assert_eq!(seen.offset, 2 * 4096);
@@ -461,7 +679,14 @@ fn mappings_have_their_properties() {
 
     let files: Vec<_> = census.mapped_files().iter().map(|f| f.id).collect();
     assert!(volume.rescan(&mut census, &[id]).spaces.is_empty());
-    assert_eq!(census.mapped_files().iter().map(|f| f.id).collect::<Vec<_>>(), files);
+    assert_eq!(
+        census
+            .mapped_files()
+            .iter()
+            .map(|f| f.id)
+            .collect::<Vec<_>>(),
+        files
+    );
     target.step(1);
     let space = census.spaces()[0].id;
     assert_eq!(volume.rescan(&mut census, &[id]).spaces, [space]);
@@ -484,19 +709,41 @@ fn dirty_pages_and_guards_are_exact() {
     let has_guards = memory.advise_page(595, 102).is_ok();
     let target = Target::fork(&[]);
     let census = volume.census(&[id_of(&target)]);
-    let mapping = census.spaces()[0].mappings.iter().find(|m| m.start == memory.address()).unwrap();
+    let mapping = census.spaces()[0]
+        .mappings
+        .iter()
+        .find(|m| m.start == memory.address())
+        .unwrap();
     let page = |n: usize| memory.address() + n as u64 * 4096;
     let mut expected: Vec<(u64, u64)> = alone.iter().map(|n| (page(*n), page(*n + 1))).collect();
     expected.push((page(570), page(590)));
-    assert_eq!(mapping.dirty.iter().map(|r| (r.start, r.end)).collect::<Vec<_>>(), expected);
+    assert_eq!(
+        mapping
+            .dirty
+            .iter()
+            .map(|r| (r.start, r.end))
+            .collect::<Vec<_>>(),
+        expected
+    );
     let guards: Vec<_> = mapping.guards.iter().map(|r| (r.start, r.end)).collect();
-    assert_eq!(guards, if has_guards { vec![(page(595), page(596))] } else { Vec::new() });
+    assert_eq!(
+        guards,
+        if has_guards {
+            vec![(page(595), page(596))]
+        } else {
+            Vec::new()
+        }
+    );
 }
 
 #[test]
 fn a_rescan_names_what_changed_and_nothing_else() {
     let volume = Volume::new();
-    let (stays, closes, renames) = (volume.open("stays"), volume.open("closes"), volume.open("old"));
+    let (stays, closes, renames) = (
+        volume.open("stays"),
+        volume.open("closes"),
+        volume.open("old"),
+    );
     let (reused, spare) = (volume.open("reused"), File::open("/dev/null").unwrap());
     let name = |name: &str| CString::new(volume.path(name).as_os_str().as_bytes()).unwrap();
     let (reused_name, fresh_name) = (name("reused"), name("fresh"));
@@ -505,7 +752,11 @@ fn a_rescan_names_what_changed_and_nothing_else() {
         close(closes.as_fd())?;
         // The same number, the same file, the same flags, but another description.
         sys::replace(reused.as_fd(), &reused_name, libc::O_RDWR | libc::O_CLOEXEC)?;
-        sys::replace(spare.as_fd(), &fresh_name, libc::O_RDWR | libc::O_CREAT | libc::O_CLOEXEC)?;
+        sys::replace(
+            spare.as_fd(),
+            &fresh_name,
+            libc::O_RDWR | libc::O_CREAT | libc::O_CLOEXEC,
+        )?;
         sys::fcntl(stays.as_fd(), libc::F_DUPFD_CLOEXEC, 500)?;
         rustix::io::write(&stays, b"x")?;
         Ok(())
@@ -523,29 +774,52 @@ fn a_rescan_names_what_changed_and_nothing_else() {
     assert_eq!(census.descriptions().len(), 4);
 
     let nothing = volume.rescan(&mut census, &[id]);
-    assert!(nothing.is_empty() && nothing.changed.is_empty(), "{nothing:?}");
+    assert!(
+        nothing.is_empty() && nothing.changed.is_empty(),
+        "{nothing:?}"
+    );
 
     target.step(0);
     fs::rename(volume.path("old"), volume.path("new")).unwrap();
     let difference = volume.rescan(&mut census, &[id]);
     let (fresh_id, new_id) = (of(&census, &spare), of(&census, &reused));
-    assert_eq!(ascending(difference.appeared.clone()), ascending([fresh_id, new_id]));
+    assert_eq!(
+        ascending(difference.appeared.clone()),
+        ascending([fresh_id, new_id])
+    );
     assert_ne!(new_id, reused_id);
     let vanished = ascending(difference.vanished.iter().map(|d| d.id));
     assert_eq!(vanished, ascending([closes_id, reused_id]));
     assert_eq!(difference.moved, [stays_id]);
-    assert_eq!(ascending(difference.changed.clone()), ascending([stays_id, renames_id]));
-    assert_eq!(by_fd(&census, id, Fd::new(500).unwrap()).unwrap().id, stays_id);
-    assert_eq!(census.description(renames_id).unwrap().facts.path, volume.path("new"));
+    assert_eq!(
+        ascending(difference.changed.clone()),
+        ascending([stays_id, renames_id])
+    );
+    assert_eq!(
+        by_fd(&census, id, Fd::new(500).unwrap()).unwrap().id,
+        stays_id
+    );
+    assert_eq!(
+        census.description(renames_id).unwrap().facts.path,
+        volume.path("new")
+    );
     assert_eq!(census.description(stays_id).unwrap().position, 1);
     assert!(!difference.is_structural);
 
     target.step(1);
     let difference = volume.rescan(&mut census, &[id]);
-    assert_eq!((difference.moved, difference.changed), (vec![stays_id], vec![fresh_id]));
+    assert_eq!(
+        (difference.moved, difference.changed),
+        (vec![stays_id], vec![fresh_id])
+    );
     assert!(difference.appeared.is_empty() && difference.vanished.is_empty());
-    let cloexec: Vec<bool> =
-        census.description(stays_id).unwrap().places.iter().map(|p| p.close_on_exec).collect();
+    let cloexec: Vec<bool> = census
+        .description(stays_id)
+        .unwrap()
+        .places
+        .iter()
+        .map(|p| p.close_on_exec)
+        .collect();
     assert_eq!(cloexec, [false, true]);
 }
 
@@ -554,7 +828,11 @@ fn a_running_program_that_reopens_without_pause_is_never_mixed_up() {
     let volume = Volume::new();
     let program = "import os, sys\nd = sys.argv[1]\nn = 0\n\
         while True:\n    n += 1\n    f = os.open(f'{d}/{n % 7}', os.O_RDWR | os.O_CREAT)\n    os.lseek(f, n % 7, 0)\n    os.close(f)\n";
-    let program = Program::start(Command::new("python3").args(["-c", program]).arg(&volume.root));
+    let program = Program::start(
+        Command::new("python3")
+            .args(["-c", program])
+            .arg(&volume.root),
+    );
     let mut census = Census::default();
     let mut seen = 0;
     let end = Instant::now() + Duration::from_secs(20);
@@ -564,7 +842,11 @@ fn a_running_program_that_reopens_without_pause_is_never_mixed_up() {
             let kept = rustix::fs::fstat(&description.kept).unwrap();
             assert_eq!(kept.st_ino, description.facts.inode);
             let by_name = rustix::fs::stat(&description.facts.path).unwrap();
-            assert_eq!(by_name.st_ino, description.facts.inode, "{:?}", description.facts);
+            assert_eq!(
+                by_name.st_ino, description.facts.inode,
+                "{:?}",
+                description.facts
+            );
             seen += 1;
         }
     }

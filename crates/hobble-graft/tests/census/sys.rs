@@ -17,7 +17,13 @@ pub(crate) fn fcntl(fd: BorrowedFd<'_>, command: i32, argument: i32) -> io::Resu
 }
 
 /// `fcntl` with a lock.
-pub(crate) fn lock(fd: BorrowedFd<'_>, command: i32, kind: i32, start: i64, length: i64) -> io::Result<()> {
+pub(crate) fn lock(
+    fd: BorrowedFd<'_>,
+    command: i32,
+    kind: i32,
+    start: i64,
+    length: i64,
+) -> io::Result<()> {
     let flock = libc::flock {
         l_type: kind as i16,
         l_whence: libc::SEEK_SET as i16,
@@ -72,10 +78,29 @@ pub(crate) struct Memory {
 
 impl Memory {
     /// Maps `length` bytes of `fd` from `offset` on.
-    pub(crate) fn map(fd: BorrowedFd<'_>, length: usize, protection: i32, flags: i32, offset: i64) -> io::Result<Self> {
+    pub(crate) fn map(
+        fd: BorrowedFd<'_>,
+        length: usize,
+        protection: i32,
+        flags: i32,
+        offset: i64,
+    ) -> io::Result<Self> {
         // SAFETY: no address is asked for, so nothing that exists is replaced.
-        let at = unsafe { libc::mmap(std::ptr::null_mut(), length, protection, flags, fd.as_raw_fd(), offset) };
-        if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(Self { at, length }) }
+        let at = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                protection,
+                flags,
+                fd.as_raw_fd(),
+                offset,
+            )
+        };
+        if at == libc::MAP_FAILED {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(Self { at, length })
+        }
     }
 
     /// Its first address.
@@ -128,7 +153,11 @@ impl Drop for Memory {
 }
 
 fn check(result: i32) -> io::Result<i32> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// A forked copy of this process that does what it is told, one step at a time, and is gone in the end.
@@ -153,7 +182,9 @@ impl Target {
             unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
             let mut command = [0u8];
             while rustix::io::read(&from_parent, &mut command) == Ok(1) {
-                let done = steps.get(usize::from(command[0])).is_some_and(|step| step().is_ok());
+                let done = steps
+                    .get(usize::from(command[0]))
+                    .is_some_and(|step| step().is_ok());
                 if rustix::io::write(&to_parent, &[u8::from(done)]) != Ok(1) {
                     break;
                 }
@@ -173,7 +204,11 @@ impl Target {
     pub(crate) fn step(&self, number: u8) {
         rustix::io::write(&self.tell, &[number]).unwrap();
         let mut done = [0u8];
-        assert_eq!(rustix::io::read(&self.told, &mut done), Ok(1), "the target has died");
+        assert_eq!(
+            rustix::io::read(&self.told, &mut done),
+            Ok(1),
+            "the target has died"
+        );
         assert_eq!(done, [1], "step {number} has failed");
     }
 }

@@ -68,6 +68,11 @@ hobble_blob_start:
     syscall
     mov [r12 + 56], rax
     add r12, 64
+    test bpl, 16
+    jz .Lnot_zero
+    test rax, rax
+    jz .Ltable_end
+.Lnot_zero:
     test bpl, 4
     jz .Lnext
     cmp rax, -4095
