@@ -10,7 +10,7 @@
 mod programs;
 
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -21,6 +21,7 @@ use hobble_graft::remote::{self, Residue};
 use hobble_graft::stop::{Deadline, Tracer};
 use hobble_graft::switch::{NoHandover, Step, StepLog, Switch, SwitchFailed};
 use programs::Target;
+use programs::hook::Hook;
 use programs::volume::{Side, Volume};
 
 /// Writes and reads through moved descriptors, checks its mappings, sleeps, waits and takes signals, all the while, and counts its rounds
@@ -223,7 +224,17 @@ fn mover() {
     let directory = std::env::var("HOBBLE_MOVER_DIRECTORY").unwrap();
     let log = std::env::var("HOBBLE_MOVER_LOG").unwrap();
     let id = ProcessId::of(Pid::new(pid.parse().unwrap()).unwrap()).unwrap();
-    let volume = Volume::at(Path::new(&directory));
+    let volume = match std::env::var("HOBBLE_MOVER_MOUNT") {
+        Ok(mount) => {
+            let mount = rustix::fs::open(
+                format!("/proc/self/fd/{mount}"),
+                rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC,
+                rustix::fs::Mode::empty(),
+            );
+            Volume::with_other_way(Path::new(&directory), mount.unwrap())
+        }
+        Err(_) => Volume::at(Path::new(&directory)),
+    };
     let log = std::fs::File::options()
         .append(true)
         .create(true)
@@ -280,6 +291,11 @@ fn the_mover_is_killed_while_a_holder_keeps_its_descriptors() {
 }
 
 #[test]
+fn the_mover_is_killed_while_descriptors_are_received_in_place() {
+    kill_movers(160, How::OntoHook);
+}
+
+#[test]
 fn the_mover_dies_at_each_step() {
     kill_movers(40, How::AtSteps);
 }
@@ -287,15 +303,29 @@ fn the_mover_dies_at_each_step() {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum How {
     AtRandom,
+    /// As that, with replacements from a server that lives on.
+    OntoHook,
     WithHolder,
     /// When everything stands still, and at each of the four steps.
     AtSteps,
+}
+
+impl How {
+    fn is_random(self) -> bool {
+        matches!(self, Self::AtRandom | Self::OntoHook)
+    }
 }
 
 fn kill_movers(rounds: usize, how: How) {
     let directory = tempfile::tempdir().unwrap();
     let elsewhere = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("data"), vec![7; 131_072]).unwrap();
+    let hook = (how == How::OntoHook).then(|| Hook::of(directory.path()));
+    let mount = hook.as_ref().map(|hook| {
+        let mount = hook.mount();
+        rustix::io::fcntl_setfd(&mount, rustix::io::FdFlags::empty()).unwrap();
+        mount
+    });
     let beat_path = elsewhere.path().join("beat");
     std::fs::write(&beat_path, vec![0; 4096]).unwrap();
     let log = elsewhere.path().join("log");
@@ -337,9 +367,14 @@ fn kill_movers(rounds: usize, how: How) {
             .env("HOBBLE_MOVER_PID", target.pid().to_string())
             .env("HOBBLE_MOVER_DIRECTORY", directory.path())
             .env("HOBBLE_MOVER_LOG", &log)
+            .envs(
+                mount
+                    .as_ref()
+                    .map(|mount| ("HOBBLE_MOVER_MOUNT", mount.as_raw_fd().to_string())),
+            )
             .envs((how == How::WithHolder).then_some(("HOBBLE_MOVER_HOLDER", "1")))
             .envs(match how {
-                How::AtRandom => None,
+                How::AtRandom | How::OntoHook => None,
                 How::AtSteps => Some(("HOBBLE_MOVER_DIES", (kill % 5).to_string())),
                 // The steps after the first are announced while the thread waits for a word from us.
                 How::WithHolder => Some(("HOBBLE_MOVER_DIES", (2 + kill % 3).to_string())),
@@ -350,7 +385,7 @@ fn kill_movers(rounds: usize, how: How) {
         let mut lines = BufReader::new(mover.stdout.take().unwrap())
             .lines()
             .map_while(Result::ok);
-        let moves_before = if how == How::AtRandom { next() % 3 } else { 0 };
+        let moves_before = if how.is_random() { next() % 3 } else { 0 };
         for moves in 0..=moves_before {
             assert!(
                 lines.any(|line| line.contains("mover moves")),
@@ -358,7 +393,7 @@ fn kill_movers(rounds: usize, how: How) {
             );
             rounds_seen += usize::from(moves > 0);
         }
-        if how == How::AtRandom {
+        if how.is_random() {
             // One in three at any time of the stop, the others while a thread works for the mover.
             let mut longest_wait = 9_000;
             if kill % 3 != 0 {
@@ -414,7 +449,7 @@ fn kill_movers(rounds: usize, how: How) {
         How::AtSteps | How::WithHolder => {
             assert_eq!(beats()[4], 0, "EINTR although everything stood still")
         }
-        How::AtRandom => assert!(
+        How::AtRandom | How::OntoHook => assert!(
             beats()[4] <= 1 + rounds as u64 / 5,
             "EINTR is to be an accident of movers killed during the stop"
         ),

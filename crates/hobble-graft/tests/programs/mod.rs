@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub)]
 
+pub mod hook;
 pub mod volume;
 
 use std::io::{BufRead as _, BufReader, Write as _};

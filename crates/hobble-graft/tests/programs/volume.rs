@@ -46,6 +46,11 @@ impl Volume {
             OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
         )
         .expect("open_tree needs CAP_SYS_ADMIN: run the tests as root");
+        Self::with_other_way(path, clone)
+    }
+
+    /// The other way is this mount.
+    pub fn with_other_way(path: &Path, clone: OwnedFd) -> Self {
         let native = rustix::fs::open(path, OFlags::PATH, Mode::empty()).unwrap();
         let mount = |fd: &OwnedFd| {
             let flags = rustix::fs::AtFlags::EMPTY_PATH;
