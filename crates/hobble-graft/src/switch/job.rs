@@ -210,7 +210,26 @@ impl<'a> Job<'a> {
             }
             return Err(SwitchError::TableFull { pid, used, hard });
         }
+        // To enlarge a table that threads share takes a grace period of RCU, several milliseconds (fs/file.c, `expand_fdtable`).
+        let spare = self
+            .capacity()
+            .map(|capacity| capacity.saturating_sub(used + SOCKETS))
+            .filter(|spare| *spare >= FEW);
+        let message = spare.map_or(message, |spare| message.min(spare));
         Ok((usize::try_from(message).unwrap_or(1), old))
+    }
+
+    /// How many descriptors the table holds without being enlarged, if others share it (`FDSize` of proc_pid_status(5)).
+    fn capacity(&self) -> Option<u64> {
+        if self.table.members.len() < 2 {
+            return None;
+        }
+        let path = format!("/proc/{}/task/{}/status", self.process.pid, self.tid);
+        let status = std::fs::read(path).ok()?;
+        let line = status
+            .split(|byte| *byte == b'\n')
+            .find_map(|line| line.strip_prefix(b"FDSize:"))?;
+        std::str::from_utf8(line).ok()?.trim().parse().ok()
     }
 
     /// Descriptors with a number below the limit; `None` when they cannot be listed.
