@@ -56,11 +56,9 @@ pub(crate) fn is_running(pid: i32) -> bool {
     Pid::new(pid).and_then(|pid| ProcessId::of(pid).ok()).is_some_and(|process| process.is_alive().unwrap_or(true))
 }
 
-/// This attachment's own processes, which are never targets: the server, the holder and the session that started them.
+/// This attachment's own processes, which are never targets: the server, and the holder, which shares its descriptor table.
 fn is_own(pid: Pid) -> bool {
-    let own = rustix::process::getpid().as_raw_nonzero().get();
-    let holder = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get());
-    pid.as_raw() == own || Some(pid.as_raw()) == holder
+    pid == Pid::own() || census::shares_our_table(pid)
 }
 
 /// The processes to be stopped and moved.
@@ -314,7 +312,7 @@ impl Engine {
                     return Ok(());
                 }
                 // A mount that was taken away cannot be placed again, so everything is made anew.
-                Err(error) if error.rolled_back() && attempt < TRIES && is_transient(&error) && self.withdraw().is_ok() => {
+                Err(error) if error.rolled_back() && attempt < TRIES && is_transient(&error) && !self.moved_in && self.withdraw().is_ok() => {
                     tracing::info!(%error, cause = error.cause_chain(), attempt, "the target could not be moved at once");
                     attempt += 1;
                     std::thread::sleep(BREATH * attempt);
@@ -341,6 +339,7 @@ impl Engine {
             mount_ns: volume.namespace(),
             path: self.config.path.clone(),
             hook_dev: hook.device().raw(),
+            backing_dev: volume.device().raw(),
         })?;
         self.board.edit(|status| status.passthrough = hook.passthrough());
         self.hook = Some(hook);
@@ -449,6 +448,8 @@ impl Engine {
         watch.lap("exchange");
         match report {
             Ok(report) => {
+                // From here on the hook is in use: whatever fails, it must not go without everybody being taken off it first.
+                self.moved_in = true;
                 fault_point::pass("grafted");
                 let released = stopped.release();
                 watch.lap("release");
@@ -553,7 +554,15 @@ impl Engine {
             }
             tracing::debug!(native, "opened natively while the hook was placed; moving that too");
             stand_ins = StandIns::default();
-            self.switch_in(tracer, target, volume, &mut census, &mut stand_ins, moved)?;
+            match self.switch_in(tracer, target, volume, &mut census, &mut stand_ins, moved) {
+                Ok(()) => {}
+                // The rest of the target runs on the hook; what was missed is tried again.
+                Err(error) if error.rolled_back() && is_transient(&error) => {
+                    tracing::info!(%error, cause = error.cause_chain(), "what was missed could not be moved at once");
+                    std::thread::sleep(BREATH);
+                }
+                Err(error) => return Err(error),
+            }
         }
         let left = census.descriptions().len();
         if left > 0 {
@@ -580,7 +589,7 @@ impl Engine {
 
     /// Puts everything back after an attach that failed half way, and says in what state that leaves the target.
     pub(crate) fn undo_after_failure(&mut self, error: AttachError) -> AttachError {
-        if self.hook.as_ref().is_some_and(Hook::is_placed) {
+        if self.moved_in || self.hook.as_ref().is_some_and(Hook::is_placed) {
             match self.detach(true) {
                 Ok(_) => {}
                 Err(undo) => {

@@ -100,7 +100,6 @@ impl Engine {
             if let Err(error) = self.journal.append(&Record::Stopping { processes: processes.iter().map(|process| who(*process)).collect() }) {
                 tracing::warn!(%error, "the journal does not tell of the stop");
             }
-            hook.stop_flushing(stays.is_empty());
             let budget = Duration::from_micros(self.config.max_pause_us).max(LEAST_PAUSE);
             let deadline = Deadline::after(budget);
             let mut watch = StopWatch::start();
@@ -122,6 +121,7 @@ impl Engine {
             watch.lap("census");
             known.learn(hook, &census)?;
             let returns = returns(hook, &census, &known, force)?;
+            hook.stop_flushing(returns.stays.is_empty());
             watch.lap("originals");
             let mut keeper = Outwards::new(hook, &returns.owners);
             let applied = returns.switch.apply(&mut stopped, deadline, &mut Steps { journal: &mut self.journal }, &mut keeper);
@@ -145,6 +145,7 @@ impl Engine {
                     }
                 }
                 Err(failed) => {
+                    hook.stop_flushing(false);
                     for info in &returns.given {
                         if let Some(handle) = info.handle {
                             let _ = hook.mirror().keep(handle);

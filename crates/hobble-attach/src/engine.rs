@@ -53,6 +53,10 @@ pub(crate) struct Engine {
     /// Mappings and directories that an exchange has left native for good.
     pub(crate) immovable: BTreeSet<(SpaceId, u64)>,
     pub(crate) stuck: BTreeSet<FsId>,
+    /// An exchange has put the target onto the hook.
+    pub(crate) moved_in: bool,
+    /// A recovery has begun: rules stay off.
+    ending: bool,
 }
 
 /// What an attach moved.
@@ -129,6 +133,8 @@ impl Engine {
             deadline: None,
             immovable: BTreeSet::new(),
             stuck: BTreeSet::new(),
+            moved_in: false,
+            ending: false,
         }
     }
 
@@ -169,11 +175,19 @@ impl Engine {
             };
             match command {
                 None => {}
+                Some(Command::Update { answer, .. } | Command::Pause { answer } | Command::Resume { answer }) if self.ending => {
+                    refuse(&answer, &AttachError::new(Step::Update, "it is being recovered"));
+                }
                 Some(Command::Update { document, seed, answer }) => match self.update(&document, seed) {
                     Ok((seed, rules)) => {
                         let _ = answer.send(Response::Ok(Answer::Updated { seed, rules }));
                     }
-                    Err(error) => refuse(&answer, &error),
+                    Err(error) => {
+                        refuse(&answer, &error);
+                        if !error.rolled_back() {
+                            return NEEDS_RECOVERY;
+                        }
+                    }
                 },
                 Some(Command::Pause { answer }) => match self.pause() {
                     Ok(()) => done(&answer),
@@ -181,7 +195,12 @@ impl Engine {
                 },
                 Some(Command::Resume { answer }) => match self.resume() {
                     Ok(()) => done(&answer),
-                    Err(error) => refuse(&answer, &error),
+                    Err(error) => {
+                        refuse(&answer, &error);
+                        if !error.rolled_back() {
+                            return NEEDS_RECOVERY;
+                        }
+                    }
                 },
                 Some(Command::Recover { why, force, answer }) => match self.recover(why, force) {
                     Ok(()) => {
@@ -196,7 +215,8 @@ impl Engine {
                         if let Some(answer) = answer {
                             refuse(&answer, &error);
                         }
-                        if !error.rolled_back() {
+                        // Without a connection nothing can be asked any more: the holder's successor goes by its descriptors.
+                        if !error.rolled_back() || self.hook.as_ref().is_some_and(|hook| !hook.is_serving()) {
                             return NEEDS_RECOVERY;
                         }
                         // Native it is not, so the deadline must not fire at once for ever: try again in a second.
@@ -216,7 +236,7 @@ impl Engine {
         if !self.anybody_left() {
             return recover(Why::TargetExit);
         }
-        if self.hook.as_mut().is_some_and(Hook::is_lost) {
+        if self.hook.as_ref().is_some_and(|hook| !hook.is_serving()) || self.hook.as_mut().is_some_and(Hook::is_lost) {
             return recover(Why::HookLost);
         }
         None
@@ -347,6 +367,7 @@ impl Engine {
     }
 
     fn recover(&mut self, why: Why, force: bool) -> Result<(), AttachError> {
+        self.ending = true;
         self.board.edit(|status| status.phase = Phase::Detaching);
         self.board.publish(EventKind::Recovering { why });
         self.journal

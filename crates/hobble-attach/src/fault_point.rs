@@ -13,7 +13,6 @@ pub const POINTS: &[&str] = &[
     "precopied",
     "stopping",
     "stopped",
-    "locks-taken",
     "mounting",
     "mounted",
     "grafting",

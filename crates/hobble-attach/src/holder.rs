@@ -13,7 +13,6 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, WaitOptions};
 
 use crate::session::ServeConfig;
-use crate::state_dir::StateDir;
 use crate::sys::{self, Side};
 
 /// The server has ended the attachment; nothing is left.
@@ -132,7 +131,7 @@ fn wait_for(server: i32) -> Option<i32> {
 /// Keeps the descriptors until the attachment's directory is gone, which is the last thing that `hobble recover` does, or until told to end.
 fn wait_until_undone(config: &ServeConfig) -> i32 {
     loop {
-        let gone = StateDir::open(&config.state_dir, false).and_then(|state| state.attachment(&config.id)).is_err();
+        let gone = matches!(std::fs::symlink_metadata(config.state_dir.join(&config.id)), Err(error) if error.kind() == std::io::ErrorKind::NotFound);
         if gone || matches!(sys::wait_signal(&SIGNALS, Duration::from_secs(1)), Some(libc::SIGTERM)) {
             return NEEDS_RECOVERY;
         }

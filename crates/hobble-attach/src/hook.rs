@@ -292,6 +292,11 @@ impl Hook {
         self.volume.is_inhabited()
     }
 
+    /// Whether the connection lives.
+    pub(crate) fn is_serving(&self) -> bool {
+        self.server.is_serving()
+    }
+
     /// Waits for the kernel to let go of the filesystem.
     pub(crate) fn wait_end(&self, timeout: Duration) -> bool {
         self.server.wait(timeout)

@@ -141,8 +141,10 @@ pub(crate) enum Record {
         /// The volume as the target sees it.
         #[serde(with = "bytes")]
         path: Vec<u8>,
-        /// Device number of the hook (`st_dev`), once there is a connection.
+        /// Device number of the hook (`st_dev`).
         hook_dev: u64,
+        /// Device number of the volume (`st_dev`).
+        backing_dev: u64,
     },
     /// Descriptions that are about to be moved.
     Keeping {
@@ -348,7 +350,7 @@ mod tests {
         vec![
             Record::Opened { v: 1, id: "abcd".into(), boot_id: "b".into(), created: 1 },
             Record::Holder(who),
-            Record::Attachment { target: who, scope: "tree".into(), mount_ns: 1, path: b"/data/\xff".to_vec(), hook_dev: 7 },
+            Record::Attachment { target: who, scope: "tree".into(), mount_ns: 1, path: b"/data/\xff".to_vec(), hook_dev: 7, backing_dev: 8 },
             Record::Keeping { kept: vec![Kept { holder_fd: 9, dev: 1, ino: 2, places: vec![Place { who, fd: 3 }] }] },
             Record::Attached,
         ]

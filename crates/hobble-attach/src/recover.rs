@@ -139,7 +139,7 @@ fn read_story(dir: &AttachmentDir) -> Result<Option<Story>, AttachError> {
 /// What the holder runs when the server has died: the same undoing, in a process that shares the holder's descriptors.
 pub(crate) fn successor(config: &ServeConfig, _holder: Pid) -> i32 {
     hang_up();
-    let result = attachment(&config.state_dir, &config.id).and_then(|dir| undo(&dir, true, |_| {}));
+    let result = attachment(&config.state_dir, &config.id).and_then(|dir| undo(&dir, false, |_| {}));
     match result {
         Ok(()) => DONE,
         Err(error) => {
@@ -152,7 +152,13 @@ pub(crate) fn successor(config: &ServeConfig, _holder: Pid) -> i32 {
 /// Ends the conversations of the dead server: its sockets live on in the table that we share with the holder, and whoever is connected would wait for ever.
 fn hang_up() {
     let Ok(list) = std::fs::read_dir("/proc/self/fd") else { return };
-    let numbers: Vec<i32> = list.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    // By their links: a duplicate of a file of the hook would be closed with a FLUSH that nobody answers.
+    let is_socket = |path: &Path| std::fs::read_link(path).is_ok_and(|link| link.as_os_str().as_encoded_bytes().starts_with(b"socket:"));
+    let numbers: Vec<i32> = list
+        .filter_map(Result::ok)
+        .filter(|entry| is_socket(&entry.path()))
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect();
     let Ok(own) = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()) else { return };
     for number in numbers {
         if let Ok(socket) = rustix::process::pidfd_getfd(&own, number, PidfdGetfdFlags::empty())
@@ -238,7 +244,7 @@ impl Undoing<'_> {
             }
         }
         self.limits();
-        if story.hook_dev == 0 {
+        if story.hook_dev == 0 || story.recovered {
             return Ok(());
         }
         let device = Device::from_raw(story.hook_dev);
@@ -255,7 +261,7 @@ impl Undoing<'_> {
         for _ in 0..ROUNDS {
             self.unmount(device)?;
             let mut processes = sighting::holders(device);
-            processes.retain(|process| Some(*process) != story.holder);
+            processes.retain(|process| Some(*process) != story.holder && Some(*process) != story.server);
             if processes.is_empty() {
                 return Ok(());
             }
@@ -356,7 +362,7 @@ impl Undoing<'_> {
         let mut locks = Vec::new();
         for lock in self.story.posix.iter().filter(|lock| lock.ino == stat.st_ino && lock.dev == stat.st_dev) {
             let table: Option<TableId> = description.places.iter().map(|place| place.table).find(|table| {
-                census.tables().iter().filter(|known| known.id == *table).any(|known| known.members.iter().any(|member| member.pid.as_raw() == lock.who.pid))
+                census.tables().iter().filter(|known| known.id == *table).any(|known| known.members.iter().any(|member| member.pid.as_raw() == lock.who.pid && started(census, member.pid) == Some(lock.who.start)))
             });
             let Some(table) = table else { continue };
             let kind = if lock.write { LockKind::Write } else { LockKind::Read };
@@ -368,12 +374,17 @@ impl Undoing<'_> {
     }
 }
 
+fn started(census: &Census, pid: hobble_graft::ids::Pid) -> Option<u64> {
+    census.processes().iter().find(|process| process.id.pid == pid).map(|process| process.id.start_time)
+}
+
 /// Whether the filesystem that has the hook's device number now is the hook. The kernel gives the number to the next filesystem without a disk as soon as the
 /// hook has gone, and what happens to a stranger's must not be ours to decide.
 fn is_ours(story: &Story, device: Device) -> bool {
-    // The holder's descriptors of device and mount keep it alive; a mount of it has our source; a moved descriptor of a target is still the same file.
-    story.living_holder().is_some()
-        || volume::is_sighted(device, &story.source)
+    // A mount of it has our source; a descriptor of the holder's, or a moved one of a target, is still on it.
+    let held = |process: ProcessId| sighting::has_on(process.pid, device);
+    volume::is_sighted(device, &story.source)
+        || story.living_holder().is_some_and(held)
         || story.kept.iter().any(|kept| {
             kept.places.iter().any(|place| {
                 let lives = crate::story::process(place.who).is_some_and(|process| process.is_alive().unwrap_or(false));
@@ -415,6 +426,8 @@ impl Originals {
             tracing::warn!(%error, cause = error.cause_chain(), "the mount around the volume may propagate differently than before");
         }
         let root = volume.and_then(|volume| Some((volume.native().ok()?, volume.printed().to_vec())));
+        let mut devices: BTreeSet<u64> = story.kept.iter().map(|kept| kept.dev).collect();
+        devices.extend(story.backing_dev);
         if let Some(holder) = story.living_holder() {
             let failed = |error: rustix::io::Errno| AttachError::io(Step::Recover, format!("look into the holder, process {holder}"), error);
             let pid = Pid::from_raw(holder.pid.as_raw()).ok_or_else(|| failed(rustix::io::Errno::SRCH))?;
@@ -425,9 +438,18 @@ impl Originals {
             let numbers = std::fs::read_dir(format!("/proc/{holder}/fd"))
                 .map_err(|error| AttachError::io(Step::Recover, format!("list the descriptors of the holder, process {holder}"), error))?;
             for number in numbers.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok()) {
-                let Ok(file) = rustix::process::pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()) else { continue };
+                if !is_regular_link(&format!("/proc/{holder}/fd/{number}")) {
+                    continue;
+                }
+                let file = match rustix::process::pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()) {
+                    Ok(file) => file,
+                    Err(rustix::io::Errno::BADF) => continue,
+                    // Not to see an original would mean to lose it.
+                    Err(error) => return Err(failed(error)),
+                };
                 let (Ok(stat), Ok(flags)) = (rustix::fs::fstat(&file), rustix::fs::fcntl_getfl(&file)) else { continue };
-                if stat.st_dev == story.hook_dev {
+                // Only the backing filesystem's: the holder's other files have inode numbers too.
+                if stat.st_dev == story.hook_dev || !devices.contains(&stat.st_dev) {
                     continue;
                 }
                 held.entry(stat.st_ino).or_default().push(HeldFile { number, file, flags });
@@ -445,6 +467,8 @@ impl Originals {
     fn of(&self, description: &Description, census: &Census) -> std::io::Result<OwnedFd> {
         let inode = description.facts.inode;
         let access = OFlags::from_bits_retain(description.flags.0) & (OFlags::ACCMODE | OFlags::PATH);
+        // F_SETFL cannot add these later.
+        let synchronous = OFlags::from_bits_retain(description.flags.0) & (OFlags::SYNC | OFlags::DSYNC);
         let same = self.held.get(&inode).map(Vec::as_slice).unwrap_or_default();
         // Where it was found when it was moved; a descriptor that was re-used since has another inode or another access mode.
         for place in &description.places {
@@ -473,7 +497,7 @@ impl Originals {
             self.used.borrow_mut().insert(held.number);
             return held.file.try_clone();
         }
-        self.reach(&description.facts, access)
+        self.reach(&description.facts, access | synchronous)
     }
 
     /// The file at a path of the hook, by the holder's descriptors or by name.
@@ -509,8 +533,13 @@ impl Originals {
     }
 }
 
+/// Whether a link in `/proc/*/fd` leads to something with a path, not to a socket, pipe or anonymous inode.
+fn is_regular_link(path: &str) -> bool {
+    std::fs::read_link(path).is_ok_and(|link| link.as_os_str().as_encoded_bytes().starts_with(b"/"))
+}
+
 /// The same inode in a new description.
 fn reopen(fd: std::os::fd::BorrowedFd<'_>, flags: OFlags) -> std::io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
-    Ok(rustix::fs::open(path, (flags & (OFlags::ACCMODE | OFlags::PATH | OFlags::DIRECTORY)) | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())?)
+    Ok(rustix::fs::open(path, (flags & (OFlags::ACCMODE | OFlags::PATH | OFlags::DIRECTORY | OFlags::SYNC | OFlags::DSYNC)) | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())?)
 }

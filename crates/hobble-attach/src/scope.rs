@@ -122,6 +122,12 @@ pub(crate) struct TargetSet {
     tree: Mutex<Tree>,
 }
 
+/// Whether a thread is not a zombie.
+fn is_living(process: i32, thread: &str) -> bool {
+    std::fs::read_to_string(format!("/proc/{process}/task/{thread}/status"))
+        .is_ok_and(|text| text.lines().any(|line| line.strip_prefix("State:").is_some_and(|state| !state.trim_start().starts_with(['Z', 'X']))))
+}
+
 fn status_field(pid: i32, field: &str) -> Option<i32> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')?.trim().parse().ok())
@@ -172,8 +178,12 @@ impl TargetSet {
             }
             ProcessEvent::Exit { thread, process } => {
                 tree.threads.remove(&thread);
-                // The leader may exit before its threads (pthread_exit in main); the process stays a target until it is gone.
-                if thread == process && status_field(process, "Tgid").is_none() {
+                // The leader may exit before its threads (pthread_exit in main); the process stays a target until the last has gone. The one that reports
+                // its exit is still listed.
+                let others = std::fs::read_dir(format!("/proc/{process}/task")).map_or(0, |tasks| {
+                    tasks.filter_map(Result::ok).filter(|task| task.file_name().to_str().is_some_and(|name| name.parse() != Ok(thread) && is_living(process, name))).count()
+                });
+                if others == 0 {
                     tree.processes.remove(&process);
                 }
             }

@@ -11,9 +11,9 @@ use hobble_graft::ids::{Device, Pid, ProcessId};
 use hobble_graft::proc::{stat, tree};
 use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 
-/// Everybody on this host but our own processes, the kernel's threads and zombies.
+/// Everybody on this host but ourselves, the kernel's threads and zombies.
 fn everybody() -> Vec<ProcessId> {
-    let own = [Some(Pid::own()), rustix::process::getppid().and_then(|pid| Pid::new(pid.as_raw_nonzero().get()))];
+    let own = [Some(Pid::own())];
     tree::pids()
         .unwrap_or_default()
         .into_iter()
@@ -26,9 +26,15 @@ fn everybody() -> Vec<ProcessId> {
         .collect()
 }
 
-/// The processes that hold something of the filesystem on `device`, by ascending pid.
+/// The processes that hold something of the filesystem on `device`, by ascending pid. Whoever shares our descriptor table (the attachment's holder) holds
+/// what we hold and is left out.
 pub(crate) fn holders(device: Device) -> Vec<ProcessId> {
-    everybody().into_iter().filter(|process| holds(process.pid, device)).collect()
+    everybody().into_iter().filter(|process| holds(process.pid, device) && !hobble_graft::census::shares_our_table(process.pid)).collect()
+}
+
+/// Whether a process has a descriptor on `device`.
+pub(crate) fn has_on(pid: Pid, device: Device) -> bool {
+    thread_holds(Path::new(&format!("/proc/{pid}")), device)
 }
 
 fn is_on(directory: impl AsFd, name: &std::ffi::CStr, device: Device) -> bool {

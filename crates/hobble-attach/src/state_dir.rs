@@ -157,7 +157,12 @@ impl AttachmentDir {
                 Err(error) => return Err(io_error("remove", &file)(error)),
             }
         }
-        fs::remove_dir(&self.path).map_err(io_error("remove", &self.path))
+        match fs::remove_dir(&self.path) {
+            Ok(()) => Ok(()),
+            // The server, its successor and `hobble recover` may all come to the end at the same time.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(io_error("remove", &self.path)(error)),
+        }
     }
 }
 

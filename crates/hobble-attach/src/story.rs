@@ -23,6 +23,8 @@ pub(crate) struct Story {
     pub(crate) source: String,
     /// `st_dev` of the hook; 0 when there was no connection yet.
     pub(crate) hook_dev: u64,
+    /// `st_dev` of the volume.
+    pub(crate) backing_dev: Option<u64>,
     pub(crate) kept: Vec<Kept>,
     pub(crate) posix: Vec<PosixLock>,
     pub(crate) residues: Vec<Residue>,
@@ -58,7 +60,12 @@ impl Story {
                 }
                 Record::Holder(who) => story.holder = process(who),
                 Record::Server(who) => story.server = process(who),
-                Record::Attachment { target, scope, mount_ns, path, hook_dev } => {
+                Record::Attachment { target, scope, mount_ns, path, hook_dev, backing_dev } => {
+                    // A new try: the hook of the one before is gone.
+                    story.placing = None;
+                    story.kept.clear();
+                    story.posix.clear();
+                    story.backing_dev = Some(backing_dev);
                     story.target = process(target);
                     story.scope = scope;
                     story.mount_ns = mount_ns;
@@ -66,7 +73,11 @@ impl Story {
                     story.hook_dev = hook_dev;
                 }
                 Record::Keeping { kept } => story.kept.extend(kept),
-                Record::Locks { posix } => story.posix = posix,
+                Record::Locks { posix } => {
+                    // A later round of the same attach names only what it moved.
+                    story.posix.retain(|known| !posix.iter().any(|lock| lock.who == known.who && lock.dev == known.dev && lock.ino == known.ino));
+                    story.posix.extend(posix);
+                }
                 Record::Placing(around) => story.placing = Some(around),
                 Record::Residue { who, what } => match serde_json::from_value::<Residue>(what) {
                     Ok(residue) if residue.pid == who.pid && residue.start_time == who.start => story.residues.push(residue),

@@ -186,6 +186,11 @@ impl Volume {
         device == self.inner.location.device || device == self.inner.info.device
     }
 
+    /// `st_dev` of its files.
+    pub(crate) fn device(&self) -> Device {
+        self.inner.location.device
+    }
+
     /// The path as the target sees it.
     pub(crate) fn absolute(&self) -> &[u8] {
         &self.inner.absolute

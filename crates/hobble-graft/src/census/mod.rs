@@ -549,6 +549,12 @@ pub fn take(processes: &[ProcessId], volume: Volume<'_>) -> Result<Census, Censu
     Ok(census)
 }
 
+/// Whether a process shares our own descriptor table (`CLONE_FILES`): what it holds is what we hold.
+#[must_use]
+pub fn shares_our_table(pid: Pid) -> bool {
+    crate::sys::kcmp::files(Pid::own().as_raw(), pid.as_raw()) == Ok(std::cmp::Ordering::Equal)
+}
+
 impl Census {
     /// Looks again, at the same or other processes, and says what is different. What is found as it was is not derived anew, so
     /// that this is fast enough to be done while the target stands still. After an error the census must not be used but for
