@@ -23,9 +23,9 @@ use crate::hook::Hook;
 use crate::journal::{Kept, Place, Record, Who};
 use crate::journaling::Steps;
 use crate::lock_keeper::Inwards;
-use hobble_mirror::adopt::{AdoptedId, HandleId};
 use crate::preflight::{self, chain};
 use crate::volume::Volume;
+use hobble_mirror::adopt::{AdoptedId, HandleId};
 
 /// How often a target that could not be stopped in time is tried again: a slow fsync may just have been under way.
 const TRIES: u32 = 3;
@@ -36,24 +36,41 @@ const ROUNDS: u32 = 6;
 
 /// The target and its living descendants, without this attachment's own processes.
 pub(crate) fn tree_of(pid: i32) -> Vec<i32> {
-    let Some(root) = Pid::new(pid).and_then(|pid| ProcessId::of(pid).ok()) else { return Vec::new() };
+    let Some(root) = Pid::new(pid).and_then(|pid| ProcessId::of(pid).ok()) else {
+        return Vec::new();
+    };
     tree::descendants(&[root])
-        .map(|found| found.into_iter().map(|process| process.pid.as_raw()).collect())
+        .map(|found| {
+            found
+                .into_iter()
+                .map(|process| process.pid.as_raw())
+                .collect()
+        })
         .unwrap_or_else(|_| vec![pid])
 }
 
 /// Everybody in the mount namespace of a process.
 pub(crate) fn namespace_of(pid: i32) -> Vec<i32> {
-    let Some(pid) = Pid::new(pid) else { return Vec::new() };
+    let Some(pid) = Pid::new(pid) else {
+        return Vec::new();
+    };
     tree::mount_namespace(pid)
         .and_then(tree::in_mount_namespace)
-        .map(|found| found.processes.into_iter().map(|process| process.pid.as_raw()).collect())
+        .map(|found| {
+            found
+                .processes
+                .into_iter()
+                .map(|process| process.pid.as_raw())
+                .collect()
+        })
         .unwrap_or_default()
 }
 
 /// Whether a process exists and is no zombie.
 pub(crate) fn is_running(pid: i32) -> bool {
-    Pid::new(pid).and_then(|pid| ProcessId::of(pid).ok()).is_some_and(|process| process.is_alive().unwrap_or(true))
+    Pid::new(pid)
+        .and_then(|pid| ProcessId::of(pid).ok())
+        .is_some_and(|process| process.is_alive().unwrap_or(true))
 }
 
 /// This attachment's own processes, which are never targets: the server, and the holder, which shares its descriptor table.
@@ -63,12 +80,16 @@ fn is_own(pid: Pid) -> bool {
 
 /// The processes to be stopped and moved.
 pub(crate) fn processes(target: ProcessId, scope: Scope) -> Result<Vec<ProcessId>, AttachError> {
-    let failed = |error| AttachError::new(Step::Preflight, "the target's processes cannot be listed").because(error);
+    let failed = |error| {
+        AttachError::new(Step::Preflight, "the target's processes cannot be listed").because(error)
+    };
     let mut found = match scope {
         Scope::Tree => tree::descendants(&[target]).map_err(failed)?,
         Scope::Namespace => {
             let namespace = tree::mount_namespace(target.pid).map_err(failed)?;
-            tree::in_mount_namespace(namespace).map_err(failed)?.processes
+            tree::in_mount_namespace(namespace)
+                .map_err(failed)?
+                .processes
         }
     };
     found.retain(|process| !is_own(process.pid));
@@ -100,18 +121,31 @@ impl StandIns {
             if self.descriptions.contains_key(&description.id) {
                 continue;
             }
-            let found: Vec<Place> = description.places.iter().flat_map(|place| places(census, *place)).collect();
-            let pid = found.first().and_then(|place| u32::try_from(place.who.pid).ok()).unwrap_or(0);
+            let found: Vec<Place> = description
+                .places
+                .iter()
+                .flat_map(|place| places(census, *place))
+                .collect();
+            let pid = found
+                .first()
+                .and_then(|place| u32::try_from(place.who.pid).ok())
+                .unwrap_or(0);
             match hook.stand_in_for(description, pid) {
                 Ok((holder_fd, id, stand_in)) => {
                     let (dev, ino) = (description.facts.device.raw(), description.facts.inode);
-                    kept.push(Kept { holder_fd, dev, ino, places: found });
+                    kept.push(Kept {
+                        holder_fd,
+                        dev,
+                        ino,
+                        places: found,
+                    });
                     self.adopted.insert(description.id, id);
                     self.descriptions.insert(description.id, stand_in);
                 }
                 Err(error) => {
                     self.unopened += 1;
-                    self.failed.push(not_opened(&description.facts.path, &error));
+                    self.failed
+                        .push(not_opened(&description.facts.path, &error));
                 }
             }
             opened += 1;
@@ -161,12 +195,20 @@ impl StandIns {
     /// Handles of the stand-ins for files on which POSIX locks are held.
     fn locked_handles(&self, hook: &Hook, census: &Census) -> BTreeMap<(u64, u64), Vec<HandleId>> {
         let mut handles: BTreeMap<(u64, u64), Vec<HandleId>> = BTreeMap::new();
-        for description in census.descriptions().filter(|description| description.locks.iter().any(|held| held.table.is_some())) {
-            let Some(stand_in) = self.descriptions.get(&description.id) else { continue };
+        for description in census
+            .descriptions()
+            .filter(|description| description.locks.iter().any(|held| held.table.is_some()))
+        {
+            let Some(stand_in) = self.descriptions.get(&description.id) else {
+                continue;
+            };
             if let Ok(info) = hook.mirror().identify(stand_in.as_fd())
                 && let Some(handle) = info.handle
             {
-                handles.entry((description.facts.device.raw(), description.facts.inode)).or_default().push(handle);
+                handles
+                    .entry((description.facts.device.raw(), description.facts.inode))
+                    .or_default()
+                    .push(handle);
             }
         }
         handles
@@ -182,7 +224,11 @@ impl StandIns {
             switch.mapped_file(id, stand_in);
         }
         for ((id, is_root), stand_in) in std::mem::take(&mut self.directories) {
-            if is_root { switch.root_directory(id, stand_in) } else { switch.working_directory(id, stand_in) }
+            if is_root {
+                switch.root_directory(id, stand_in)
+            } else {
+                switch.working_directory(id, stand_in)
+            }
         }
         switch
     }
@@ -204,16 +250,30 @@ impl StandIns {
 }
 
 fn not_opened(path: &std::path::Path, error: &dyn std::error::Error) -> NotCoveredStatus {
-    NotCoveredStatus { what: path.display().to_string(), reason: format!("it cannot be opened on the hook: {}", chain(error)), pid: None }
+    NotCoveredStatus {
+        what: path.display().to_string(),
+        reason: format!("it cannot be opened on the hook: {}", chain(error)),
+        pid: None,
+    }
 }
 
 fn places(census: &Census, place: census::Place) -> Vec<Place> {
     let table = census.tables().iter().find(|table| table.id == place.table);
-    let mut pids: Vec<Pid> = table.map(|table| table.members.iter().map(|member| member.pid).collect()).unwrap_or_default();
+    let mut pids: Vec<Pid> = table
+        .map(|table| table.members.iter().map(|member| member.pid).collect())
+        .unwrap_or_default();
     pids.dedup();
     pids.into_iter()
-        .filter_map(|pid| census.processes().iter().find(|process| process.id.pid == pid))
-        .map(|process| Place { who: who(process.id), fd: place.fd.as_raw() })
+        .filter_map(|pid| {
+            census
+                .processes()
+                .iter()
+                .find(|process| process.id.pid == pid)
+        })
+        .map(|process| Place {
+            who: who(process.id),
+            fd: place.fd.as_raw(),
+        })
         .collect()
 }
 
@@ -225,7 +285,11 @@ fn children(pid: Pid) -> Vec<ProcessId> {
         .flatten()
         .filter_map(Result::ok)
         .filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok())
-        .flat_map(|list| list.split_ascii_whitespace().filter_map(|pid| Pid::new(pid.parse().ok()?)).collect::<Vec<_>>())
+        .flat_map(|list| {
+            list.split_ascii_whitespace()
+                .filter_map(|pid| Pid::new(pid.parse().ok()?))
+                .collect::<Vec<_>>()
+        })
         .filter_map(|pid| ProcessId::of(pid).ok())
         .filter(|process| process.is_alive().unwrap_or(false))
         .collect()
@@ -239,7 +303,10 @@ pub(crate) struct StopWatch {
 
 impl StopWatch {
     pub(crate) fn start() -> Self {
-        Self { last: Instant::now(), laps: Vec::with_capacity(8) }
+        Self {
+            last: Instant::now(),
+            laps: Vec::with_capacity(8),
+        }
     }
 
     pub(crate) fn lap(&mut self, name: &'static str) {
@@ -249,26 +316,39 @@ impl StopWatch {
     }
 
     pub(crate) fn tell(&self) {
-        let laps: Vec<String> = self.laps.iter().map(|(name, time)| format!("{name} {} us", time.as_micros())).collect();
+        let laps: Vec<String> = self
+            .laps
+            .iter()
+            .map(|(name, time)| format!("{name} {} us", time.as_micros()))
+            .collect();
         tracing::debug!(laps = laps.join(", "), "the target stood still");
     }
 }
 
 /// A process as the journal names it.
 pub(crate) fn who(process: ProcessId) -> Who {
-    Who { pid: process.pid.as_raw(), start: process.start_time }
+    Who {
+        pid: process.pid.as_raw(),
+        start: process.start_time,
+    }
 }
 
 /// A failed stop, in the words of an attachment.
 pub(crate) fn stop_failed(step: Step, error: StopError) -> AttachError {
     let vanished = matches!(error, StopError::Gone { .. });
     let hint = match &error {
-        StopError::Unstoppable { .. } => Some("nothing was changed; try again, or allow more time with --max-pause"),
+        StopError::Unstoppable { .. } => {
+            Some("nothing was changed; try again, or allow more time with --max-pause")
+        }
         StopError::Traced { .. } => Some("end the debugger, strace or other attachment first"),
         _ => None,
     };
     let failed = AttachError::new(step, "the target could not be stopped").because(error);
-    let failed = if vanished { failed.exiting(hobble_api::exit::ExitCode::TargetVanished) } else { failed };
+    let failed = if vanished {
+        failed.exiting(hobble_api::exit::ExitCode::TargetVanished)
+    } else {
+        failed
+    };
     match hint {
         Some(hint) => failed.hinting(hint),
         None => failed,
@@ -287,24 +367,46 @@ impl From<StopError> for Traced {
 impl Engine {
     /// Moves the target onto a hook of its own; rules are off.
     pub(crate) fn attach(&mut self) -> Result<(), AttachError> {
-        let path = std::path::PathBuf::from(<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(self.config.path.clone()));
-        let survey = preflight::survey(self.config.pid, self.config.start_time, self.config.scope, &path, &self.config.state_dir)?;
-        self.board.publish(EventKind::Preflight(survey.preflight.clone()));
+        let path = std::path::PathBuf::from(
+            <std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(
+                self.config.path.clone(),
+            ),
+        );
+        let survey = preflight::survey(
+            self.config.pid,
+            self.config.start_time,
+            self.config.scope,
+            &path,
+            &self.config.state_dir,
+        )?;
+        self.board
+            .publish(EventKind::Preflight(survey.preflight.clone()));
         if let Some(refusal) = survey.refusal {
             return Err(refusal);
         }
         let (Some(volume), Some(census)) = (survey.volume, survey.census) else {
-            return Err(AttachError::new(Step::Preflight, "the target cannot be looked into"));
+            return Err(AttachError::new(
+                Step::Preflight,
+                "the target cannot be looked into",
+            ));
         };
         let target = ProcessId {
-            pid: Pid::new(self.config.pid).ok_or_else(|| AttachError::new(Step::Preflight, "not a process id"))?,
+            pid: Pid::new(self.config.pid)
+                .ok_or_else(|| AttachError::new(Step::Preflight, "not a process id"))?,
             start_time: self.config.start_time,
         };
-        let degraded = if survey.preflight.verdict == Verdict::Degraded { survey.preflight.reasons } else { Vec::new() };
+        let degraded = if survey.preflight.verdict == Verdict::Degraded {
+            survey.preflight.reasons
+        } else {
+            Vec::new()
+        };
         let mut census = Some(census);
         let mut attempt = 1;
         loop {
-            let mut moved = Moved { degraded: degraded.clone(), ..Moved::default() };
+            let mut moved = Moved {
+                degraded: degraded.clone(),
+                ..Moved::default()
+            };
             match self.attach_once(target, &volume, census.take(), &mut moved) {
                 Ok(()) => {
                     self.record(&Record::Attached)?;
@@ -312,7 +414,13 @@ impl Engine {
                     return Ok(());
                 }
                 // A mount that was taken away cannot be placed again, so everything is made anew.
-                Err(error) if error.rolled_back() && attempt < TRIES && is_transient(&error) && !self.moved_in && self.withdraw().is_ok() => {
+                Err(error)
+                    if error.rolled_back()
+                        && attempt < TRIES
+                        && is_transient(&error)
+                        && !self.moved_in
+                        && self.withdraw().is_ok() =>
+                {
                     tracing::info!(%error, cause = error.cause_chain(), attempt, "the target could not be moved at once");
                     attempt += 1;
                     std::thread::sleep(BREATH * attempt);
@@ -330,9 +438,19 @@ impl Engine {
     }
 
     /// One try, from serving to letting go.
-    fn attach_once(&mut self, target: ProcessId, volume: &Volume, census: Option<Census>, moved: &mut Moved) -> Result<(), AttachError> {
+    fn attach_once(
+        &mut self,
+        target: ProcessId,
+        volume: &Volume,
+        census: Option<Census>,
+        moved: &mut Moved,
+    ) -> Result<(), AttachError> {
         self.progress("serve", 0, 1);
-        let hook = Hook::serve(volume, &self.config.id, std::sync::Arc::clone(&self.targets))?;
+        let hook = Hook::serve(
+            volume,
+            &self.config.id,
+            std::sync::Arc::clone(&self.targets),
+        )?;
         self.record(&Record::Attachment {
             target: who(target),
             scope: self.config.scope.as_str().to_owned(),
@@ -341,7 +459,8 @@ impl Engine {
             hook_dev: hook.device().raw(),
             backing_dev: volume.device().raw(),
         })?;
-        self.board.edit(|status| status.passthrough = hook.passthrough());
+        self.board
+            .edit(|status| status.passthrough = hook.passthrough());
         self.hook = Some(hook);
         // The plan chooses how stand-ins are opened; until the hook is armed it sees nobody.
         let plan = self.first_plan()?;
@@ -351,10 +470,18 @@ impl Engine {
         fault_point::pass("served");
         let census = match census {
             Some(census) => census,
-            None => census::take(&processes(target, self.config.scope)?, &|facts| volume.holds(facts))
-                .map_err(|error| AttachError::new(Step::Census, "the target cannot be looked into").because(error))?,
+            None => census::take(&processes(target, self.config.scope)?, &|facts| {
+                volume.holds(facts)
+            })
+            .map_err(|error| {
+                AttachError::new(Step::Census, "the target cannot be looked into").because(error)
+            })?,
         };
-        Tracer::scope(|tracer| self.move_in(tracer, target, volume, census, moved).map_err(Traced)).map_err(|Traced(error)| error)
+        Tracer::scope(|tracer| {
+            self.move_in(tracer, target, volume, census, moved)
+                .map_err(Traced)
+        })
+        .map_err(|Traced(error)| error)
     }
 
     /// Writes a record that a step depends on.
@@ -366,11 +493,20 @@ impl Engine {
         })
     }
 
-    fn move_in(&mut self, tracer: &Tracer, target: ProcessId, volume: &Volume, mut census: Census, moved: &mut Moved) -> Result<(), AttachError> {
+    fn move_in(
+        &mut self,
+        tracer: &Tracer,
+        target: ProcessId,
+        volume: &Volume,
+        mut census: Census,
+        moved: &mut Moved,
+    ) -> Result<(), AttachError> {
         let mut stand_ins = StandIns::default();
         let total = (census.descriptions().len() + census.mapped_files().len()) as u64;
         let kept = {
-            let Some(hook) = self.hook.as_ref() else { return Err(no_hook()) };
+            let Some(hook) = self.hook.as_ref() else {
+                return Err(no_hook());
+            };
             let mut last = Instant::now();
             stand_ins.complete(hook, &census, |done| {
                 if last.elapsed() > Duration::from_millis(500) {
@@ -398,30 +534,51 @@ impl Engine {
         moved: &mut Moved,
     ) -> Result<(), AttachError> {
         let list = processes(target, self.config.scope)?;
-        self.record(&Record::Stopping { processes: list.iter().map(|process| who(*process)).collect() })?;
+        self.record(&Record::Stopping {
+            processes: list.iter().map(|process| who(*process)).collect(),
+        })?;
         fault_point::pass("stopping");
         if let Some(hook) = self.hook.as_ref() {
             hook.quiesce();
         }
         // Whatever can be found out before the target stands still is.
         let first = !self.hook.as_ref().is_some_and(Hook::is_placed);
-        let around = if first { Some(volume.propagation()?) } else { None };
+        let around = if first {
+            Some(volume.propagation()?)
+        } else {
+            None
+        };
         if let Some(around) = around {
             self.record(&Record::Placing(around.into()))?;
         }
-        let specials: Vec<_> = census.specials().iter().map(|special| special.facts.clone()).collect();
-        let through = if first { volume.through(&specials) } else { Vec::new() };
+        let specials: Vec<_> = census
+            .specials()
+            .iter()
+            .map(|special| special.facts.clone())
+            .collect();
+        let through = if first {
+            volume.through(&specials)
+        } else {
+            Vec::new()
+        };
         let deadline = Deadline::after(Duration::from_micros(self.config.max_pause_us));
         let mut watch = StopWatch::start();
-        let mut stopped = tracer.stop_all(&list, deadline).map_err(|error| stop_failed(Step::Stop, error))?;
+        let mut stopped = tracer
+            .stop_all(&list, deadline)
+            .map_err(|error| stop_failed(Step::Stop, error))?;
         watch.lap("stop");
         self.add_newborn(&mut stopped, deadline)?;
         watch.lap("newborn");
         fault_point::pass("stopped");
         let difference = census
             .rescan(stopped.processes(), &|facts| volume.holds(facts))
-            .map_err(|error| AttachError::new(Step::Census, "the stopped target cannot be looked into").because(error))?;
-        let Some(hook) = self.hook.as_ref() else { return Err(no_hook()) };
+            .map_err(|error| {
+                AttachError::new(Step::Census, "the stopped target cannot be looked into")
+                    .because(error)
+            })?;
+        let Some(hook) = self.hook.as_ref() else {
+            return Err(no_hook());
+        };
         watch.lap("census");
         stand_ins.forget(hook, &difference);
         let kept = stand_ins.complete(hook, census, |_| {});
@@ -432,7 +589,9 @@ impl Engine {
         watch.lap("stand-ins");
         if let Some(around) = around {
             fault_point::pass("mounting");
-            let Some(hook) = self.hook.as_mut() else { return Err(no_hook()) };
+            let Some(hook) = self.hook.as_mut() else {
+                return Err(no_hook());
+            };
             hook.place(around)?;
             watch.lap("mount");
             for (name, error) in hook.bind_through(through) {
@@ -495,23 +654,47 @@ impl Engine {
             if born.is_empty() {
                 return Ok(());
             }
-            stopped.add(&born, deadline).map_err(|error| stop_failed(Step::Stop, error))?;
+            stopped
+                .add(&born, deadline)
+                .map_err(|error| stop_failed(Step::Stop, error))?;
         }
-        Err(AttachError::new(Step::Stop, "the target makes processes faster than they can be stopped"))
+        Err(AttachError::new(
+            Step::Stop,
+            "the target makes processes faster than they can be stopped",
+        ))
     }
 
     /// Exchanges everything for which there is a stand-in, locks included.
-    fn exchange(&mut self, census: &Census, stand_ins: &mut StandIns, stopped: &mut Stopped, deadline: Deadline) -> Result<Report, AttachError> {
-        let Some(hook) = self.hook.as_ref() else { return Err(no_hook()) };
+    fn exchange(
+        &mut self,
+        census: &Census,
+        stand_ins: &mut StandIns,
+        stopped: &mut Stopped,
+        deadline: Deadline,
+    ) -> Result<Report, AttachError> {
+        let Some(hook) = self.hook.as_ref() else {
+            return Err(no_hook());
+        };
         let handles = stand_ins.locked_handles(hook, census);
         let switch = stand_ins.switch(census);
         let mut keeper = Inwards::new(hook, census, &stand_ins.adopted, &handles);
         self.journal
-            .append(&Record::Locks { posix: Inwards::posix(census) })
+            .append(&Record::Locks {
+                posix: Inwards::posix(census),
+            })
             .and_then(|()| self.journal.append(&Record::Grafting))
-            .map_err(|error| AttachError::new(Step::Journal, "the journal cannot be written").because(error))?;
+            .map_err(|error| {
+                AttachError::new(Step::Journal, "the journal cannot be written").because(error)
+            })?;
         fault_point::pass("grafting");
-        let report = switch.apply(stopped, deadline, &mut Steps { journal: &mut self.journal }, &mut keeper);
+        let report = switch.apply(
+            stopped,
+            deadline,
+            &mut Steps {
+                journal: &mut self.journal,
+            },
+            &mut keeper,
+        );
         if report.is_ok() {
             keeper.finish();
         } else {
@@ -526,7 +709,11 @@ impl Engine {
             let error = AttachError::new(Step::Graft, "the target's files could not be exchanged")
                 .because(failed)
                 .hinting("a longer --max-pause may help");
-            if rolled_back { error } else { error.needing_recovery() }
+            if rolled_back {
+                error
+            } else {
+                error.needing_recovery()
+            }
         })
     }
 
@@ -544,15 +731,40 @@ impl Engine {
             let list = processes(target, self.config.scope)?;
             census
                 .rescan(&list, &|facts| volume.holds(facts))
-                .map_err(|error| AttachError::new(Step::Census, "the target cannot be looked into").because(error))?;
+                .map_err(|error| {
+                    AttachError::new(Step::Census, "the target cannot be looked into")
+                        .because(error)
+                })?;
             let immovable = |space: SpaceId, start: u64| self.immovable.contains(&(space, start));
-            let native = census.descriptions().len().saturating_sub(stand_ins.unopened)
-                + census.fs_structs().iter().filter(|fs| (fs.cwd.is_some() || fs.root.is_some()) && !self.stuck.contains(&fs.id)).count()
-                + census.spaces().iter().flat_map(|space| space.mappings.iter().map(|mapping| (space.id, mapping.start))).filter(|(space, start)| !immovable(*space, *start)).count();
+            let native = census
+                .descriptions()
+                .len()
+                .saturating_sub(stand_ins.unopened)
+                + census
+                    .fs_structs()
+                    .iter()
+                    .filter(|fs| {
+                        (fs.cwd.is_some() || fs.root.is_some()) && !self.stuck.contains(&fs.id)
+                    })
+                    .count()
+                + census
+                    .spaces()
+                    .iter()
+                    .flat_map(|space| {
+                        space
+                            .mappings
+                            .iter()
+                            .map(|mapping| (space.id, mapping.start))
+                    })
+                    .filter(|(space, start)| !immovable(*space, *start))
+                    .count();
             if native == 0 {
                 return Ok(());
             }
-            tracing::debug!(native, "opened natively while the hook was placed; moving that too");
+            tracing::debug!(
+                native,
+                "opened natively while the hook was placed; moving that too"
+            );
             stand_ins = StandIns::default();
             match self.switch_in(tracer, target, volume, &mut census, &mut stand_ins, moved) {
                 Ok(()) => {}
@@ -580,7 +792,9 @@ impl Engine {
     fn remember_stuck(&mut self, report: &Report) {
         for not_moved in &report.not_moved {
             match not_moved {
-                NotMoved::Mapping { space, start, .. } => drop(self.immovable.insert((*space, *start))),
+                NotMoved::Mapping { space, start, .. } => {
+                    drop(self.immovable.insert((*space, *start)))
+                }
                 NotMoved::Directory { fs, .. } => drop(self.stuck.insert(*fs)),
                 _ => {}
             }
@@ -610,40 +824,62 @@ pub(crate) fn no_hook() -> AttachError {
 
 fn late(deadline: Deadline) -> Result<(), AttachError> {
     if deadline.passed() {
-        return Err(AttachError::new(Step::Stop, "the target could not be moved within --max-pause; nothing was changed")
-            .hinting("allow more time with --max-pause"));
+        return Err(AttachError::new(
+            Step::Stop,
+            "the target could not be moved within --max-pause; nothing was changed",
+        )
+        .hinting("allow more time with --max-pause"));
     }
     Ok(())
 }
 
 /// Whether another try may go better: the target was in a long system call, or the machine busy.
 fn is_transient(error: &AttachError) -> bool {
-    matches!(error.step(), Step::Stop | Step::Graft) && error.exit_code() != hobble_api::exit::ExitCode::TargetVanished
+    matches!(error.step(), Step::Stop | Step::Graft)
+        && error.exit_code() != hobble_api::exit::ExitCode::TargetVanished
 }
 
 fn note(moved: &mut Moved, census: &Census, report: &Report, volume: &Volume) {
     moved.processes = moved.processes.max(census.processes().len() as u64);
     moved.descriptors += report.descriptors as u64;
     moved.mappings += report.mappings as u64;
-    let held: usize = census.descriptions().map(|description| description.locks.len()).sum();
+    let held: usize = census
+        .descriptions()
+        .map(|description| description.locks.len())
+        .sum();
     moved.locks += held as u64;
     for not_moved in &report.not_moved {
         moved.not_covered.push(match not_moved {
-            NotMoved::Mapping { start, reason, .. } => {
-                NotCoveredStatus { what: format!("the mapping at {start:#x}"), reason: (*reason).to_owned(), pid: None }
-            }
+            NotMoved::Mapping { start, reason, .. } => NotCoveredStatus {
+                what: format!("the mapping at {start:#x}"),
+                reason: (*reason).to_owned(),
+                pid: None,
+            },
             NotMoved::Directory { is_root, errno, .. } => NotCoveredStatus {
-                what: if *is_root { "a root directory" } else { "a working directory" }.to_owned(),
+                what: if *is_root {
+                    "a root directory"
+                } else {
+                    "a working directory"
+                }
+                .to_owned(),
                 reason: format!("the target may not enter it: {errno}"),
                 pid: None,
             },
-            other => NotCoveredStatus { what: format!("{other:?}"), reason: "it stays native".to_owned(), pid: None },
+            other => NotCoveredStatus {
+                what: format!("{other:?}"),
+                reason: "it stays native".to_owned(),
+                pid: None,
+            },
         });
     }
     for not_covered in census.not_covered() {
         let (code, text) = preflight::describe(not_covered, volume);
         if let Some(text) = text {
-            let entry = NotCoveredStatus { what: code.to_owned(), reason: text, pid: None };
+            let entry = NotCoveredStatus {
+                what: code.to_owned(),
+                reason: text,
+                pid: None,
+            };
             if !moved.not_covered.contains(&entry) {
                 moved.not_covered.push(entry);
             }

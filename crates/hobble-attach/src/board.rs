@@ -33,7 +33,12 @@ impl Board {
     /// A board that shows `status` and no event.
     pub(crate) fn new(status: Status) -> Self {
         Self {
-            state: Mutex::new(State { status, events: VecDeque::new(), next: 0, closed: false }),
+            state: Mutex::new(State {
+                status,
+                events: VecDeque::new(),
+                next: 0,
+                closed: false,
+            }),
             changed: Condvar::new(),
         }
     }
@@ -77,7 +82,12 @@ impl Board {
         let until = Instant::now() + timeout;
         let mut state = self.lock();
         loop {
-            let found: Vec<Event> = state.events.iter().filter(|event| event.seq.is_some_and(|seq| seq >= since)).cloned().collect();
+            let found: Vec<Event> = state
+                .events
+                .iter()
+                .filter(|event| event.seq.is_some_and(|seq| seq >= since))
+                .cloned()
+                .collect();
             if !found.is_empty() {
                 return Some(found);
             }
@@ -88,7 +98,11 @@ impl Board {
             if left.is_zero() {
                 return Some(Vec::new());
             }
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 }

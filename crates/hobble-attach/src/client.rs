@@ -32,12 +32,17 @@ pub fn only_id(state_dir: &Path) -> Result<String, AttachError> {
     let mut ids = crate::ids(state_dir)?;
     match (ids.pop(), ids.len()) {
         (Some(id), 0) => Ok(id),
-        (None, _) => Err(AttachError::new(Step::Options, "nothing is attached").exiting(ExitCode::Failed)),
+        (None, _) => {
+            Err(AttachError::new(Step::Options, "nothing is attached").exiting(ExitCode::Failed))
+        }
         (Some(last), _) => {
             ids.push(last);
-            Err(AttachError::new(Step::Options, format!("{} attachments exist: {}", ids.len(), ids.join(", ")))
-                .hinting("say which one")
-                .exiting(ExitCode::Usage))
+            Err(AttachError::new(
+                Step::Options,
+                format!("{} attachments exist: {}", ids.len(), ids.join(", ")),
+            )
+            .hinting("say which one")
+            .exiting(ExitCode::Usage))
         }
     }
 }
@@ -48,25 +53,50 @@ impl Client {
     /// # Errors
     /// When there is no such attachment, or its server does not answer: then `hobble recover` undoes what is left of it.
     pub fn open(state_dir: &Path, id: &str) -> Result<Self, AttachError> {
-        let state = StateDir::open(state_dir, false)
-            .map_err(|error| AttachError::new(Step::Control, format!("no attachment `{id}`")).because(error))?;
+        let state = StateDir::open(state_dir, false).map_err(|error| {
+            AttachError::new(Step::Control, format!("no attachment `{id}`")).because(error)
+        })?;
         let dir = state.attachment(id).map_err(|error| {
             let known = state.ids().unwrap_or_default();
-            let hint = if known.is_empty() { "nothing is attached".to_owned() } else { format!("there are: {}", known.join(", ")) };
-            AttachError::new(Step::Control, format!("no attachment `{id}`")).because(error).hinting(hint)
+            let hint = if known.is_empty() {
+                "nothing is attached".to_owned()
+            } else {
+                format!("there are: {}", known.join(", "))
+            };
+            AttachError::new(Step::Control, format!("no attachment `{id}`"))
+                .because(error)
+                .hinting(hint)
         })?;
         Self::connect(id, &dir.socket())
     }
 
     pub(crate) fn connect(id: &str, socket: &PathBuf) -> Result<Self, AttachError> {
         let stream = UnixStream::connect(socket).map_err(|error| {
-            AttachError::io(Step::Control, format!("the server of `{id}` does not answer"), error)
-                .hinting(format!("undo what is left of it with `hobble recover {id}`"))
-                .exiting(ExitCode::NeedsRecovery)
+            AttachError::io(
+                Step::Control,
+                format!("the server of `{id}` does not answer"),
+                error,
+            )
+            .hinting(format!(
+                "undo what is left of it with `hobble recover {id}`"
+            ))
+            .exiting(ExitCode::NeedsRecovery)
         })?;
-        let bounded = stream.set_read_timeout(Some(READ_WITHIN)).and_then(|()| stream.set_write_timeout(Some(READ_WITHIN)));
-        bounded.map_err(|error| AttachError::io(Step::Control, "bound the waits on the control socket", error))?;
-        Ok(Self { id: id.to_owned(), stream, lines: LineBuffer::new() })
+        let bounded = stream
+            .set_read_timeout(Some(READ_WITHIN))
+            .and_then(|()| stream.set_write_timeout(Some(READ_WITHIN)));
+        bounded.map_err(|error| {
+            AttachError::io(
+                Step::Control,
+                "bound the waits on the control socket",
+                error,
+            )
+        })?;
+        Ok(Self {
+            id: id.to_owned(),
+            stream,
+            lines: LineBuffer::new(),
+        })
     }
 
     /// The attachment's id.
@@ -76,30 +106,50 @@ impl Client {
     }
 
     fn lost(&self, error: io::Error) -> AttachError {
-        AttachError::io(Step::Control, format!("the connection to the server of `{}` broke", self.id), error)
-            .hinting(format!("`hobble show {}` tells whether it is still there", self.id))
+        AttachError::io(
+            Step::Control,
+            format!("the connection to the server of `{}` broke", self.id),
+            error,
+        )
+        .hinting(format!(
+            "`hobble show {}` tells whether it is still there",
+            self.id
+        ))
     }
 
     fn send(&mut self, request: &Request) -> Result<(), AttachError> {
-        let line = request.to_line().map_err(|error| AttachError::new(Step::Control, "the request cannot be sent").because(error))?;
-        self.stream.write_all(line.as_bytes()).map_err(|error| self.lost(error))
+        let line = request.to_line().map_err(|error| {
+            AttachError::new(Step::Control, "the request cannot be sent").because(error)
+        })?;
+        self.stream
+            .write_all(line.as_bytes())
+            .map_err(|error| self.lost(error))
     }
 
     /// One response; `None` when nothing came within the read timeout of the stream.
     fn receive(&mut self) -> Result<Option<Response>, AttachError> {
         let mut chunk = [0_u8; 16384];
         loop {
-            let line = self.lines.next_line().map_err(|error| AttachError::new(Step::Control, "a malformed answer").because(error))?;
+            let line = self.lines.next_line().map_err(|error| {
+                AttachError::new(Step::Control, "a malformed answer").because(error)
+            })?;
             if let Some(line) = line {
-                return Response::from_line(&line)
-                    .map(Some)
-                    .map_err(|error| AttachError::new(Step::Control, "a malformed answer").because(error));
+                return Response::from_line(&line).map(Some).map_err(|error| {
+                    AttachError::new(Step::Control, "a malformed answer").because(error)
+                });
             }
             match self.stream.read(&mut chunk) {
                 Ok(0) => return Err(self.lost(io::ErrorKind::UnexpectedEof.into())),
                 Ok(length) => self.lines.push(chunk.get(..length).unwrap_or_default()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => return Ok(None),
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                    ) =>
+                {
+                    return Ok(None);
+                }
                 Err(error) => return Err(self.lost(error)),
             }
         }
@@ -110,8 +160,14 @@ impl Client {
         match self.receive()? {
             Some(Response::Ok(answer)) => Ok(answer),
             Some(Response::Err(problem)) => Err(refused(problem)),
-            Some(Response::Event(_)) => Err(AttachError::new(Step::Control, "an event in answer to a question")),
-            None => Err(AttachError::new(Step::Control, format!("the server of `{}` did not answer in time", self.id))),
+            Some(Response::Event(_)) => Err(AttachError::new(
+                Step::Control,
+                "an event in answer to a question",
+            )),
+            None => Err(AttachError::new(
+                Step::Control,
+                format!("the server of `{}` did not answer in time", self.id),
+            )),
         }
     }
 
@@ -130,7 +186,11 @@ impl Client {
     ///
     /// # Errors
     /// When the document is refused (nothing has changed then) or the server is gone.
-    pub fn update(&mut self, document: serde_json::Value, seed: Option<u64>) -> Result<(u64, Vec<String>), AttachError> {
+    pub fn update(
+        &mut self,
+        document: serde_json::Value,
+        seed: Option<u64>,
+    ) -> Result<(u64, Vec<String>), AttachError> {
         match self.ask(&Request::Update { document, seed })? {
             Answer::Updated { seed, rules } => Ok((seed, rules)),
             other => Err(unexpected(&other)),
@@ -167,7 +227,10 @@ impl Client {
     /// When the server is gone.
     pub fn events(mut self, follow: bool, since: Option<u64>) -> Result<Events, AttachError> {
         self.send(&Request::Events { follow, since })?;
-        Ok(Events { client: self, ended: false })
+        Ok(Events {
+            client: self,
+            ended: false,
+        })
     }
 }
 
@@ -180,7 +243,10 @@ fn refused(problem: Problem) -> AttachError {
 }
 
 fn unexpected(answer: &Answer) -> AttachError {
-    AttachError::new(Step::Control, format!("an answer to another question: {answer:?}"))
+    AttachError::new(
+        Step::Control,
+        format!("an answer to another question: {answer:?}"),
+    )
 }
 
 /// A stream of events.
@@ -200,7 +266,10 @@ impl Events {
             return Ok(None);
         }
         let timeout = timeout.max(Duration::from_millis(1));
-        self.client.stream.set_read_timeout(Some(timeout)).map_err(|error| self.client.lost(error))?;
+        self.client
+            .stream
+            .set_read_timeout(Some(timeout))
+            .map_err(|error| self.client.lost(error))?;
         match self.client.receive()? {
             Some(Response::Event(event)) => Ok(Some(*event)),
             Some(Response::Ok(_)) => {

@@ -34,13 +34,21 @@ pub(crate) fn open_connections() -> usize {
 #[derive(Debug)]
 pub(crate) enum Command {
     /// Exchange the whole rule set.
-    Update { document: serde_json::Value, seed: Option<u64>, answer: mpsc::Sender<Response> },
+    Update {
+        document: serde_json::Value,
+        seed: Option<u64>,
+        answer: mpsc::Sender<Response>,
+    },
     /// Rules off, hook stays.
     Pause { answer: mpsc::Sender<Response> },
     /// Rules on again.
     Resume { answer: mpsc::Sender<Response> },
     /// Recover; the answer comes when it is done.
-    Recover { why: Why, force: bool, answer: Option<mpsc::Sender<Response>> },
+    Recover {
+        why: Why,
+        force: bool,
+        answer: Option<mpsc::Sender<Response>>,
+    },
 }
 
 /// What connections need of the attachment.
@@ -63,51 +71,71 @@ pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
 
 /// Serves connections on a thread of its own until the process ends.
 pub(crate) fn serve(listener: UnixListener, front: Arc<Front>) -> io::Result<()> {
-    std::thread::Builder::new().name("hobble-control".into()).spawn(move || {
-        for stream in listener.incoming() {
-            let Ok(stream) = stream else { continue };
-            if let Err(refusal) = admit(&stream) {
-                let _ = write_response(&stream, &refusal);
-                continue;
-            }
-            let front = Arc::clone(&front);
-            let spawned = std::thread::Builder::new().name("hobble-client".into()).spawn(move || {
-                if let Err(error) = converse(&stream, &front) {
-                    tracing::debug!(%error, "control connection ended");
+    std::thread::Builder::new()
+        .name("hobble-control".into())
+        .spawn(move || {
+            for stream in listener.incoming() {
+                let Ok(stream) = stream else { continue };
+                if let Err(refusal) = admit(&stream) {
+                    let _ = write_response(&stream, &refusal);
+                    continue;
                 }
-                OPEN.fetch_sub(1, Ordering::Relaxed);
-            });
-            if spawned.is_err() {
-                OPEN.fetch_sub(1, Ordering::Relaxed);
+                let front = Arc::clone(&front);
+                let spawned = std::thread::Builder::new()
+                    .name("hobble-client".into())
+                    .spawn(move || {
+                        if let Err(error) = converse(&stream, &front) {
+                            tracing::debug!(%error, "control connection ended");
+                        }
+                        OPEN.fetch_sub(1, Ordering::Relaxed);
+                    });
+                if spawned.is_err() {
+                    OPEN.fetch_sub(1, Ordering::Relaxed);
+                }
             }
-        }
-    })?;
+        })?;
     Ok(())
 }
 
 fn problem(cause: impl Into<String>, hint: Option<&str>) -> Response {
-    Response::Err(Problem { cause: cause.into(), hint: hint.map(str::to_owned) })
+    Response::Err(Problem {
+        cause: cause.into(),
+        hint: hint.map(str::to_owned),
+    })
 }
 
 fn admit(stream: &UnixStream) -> Result<(), Response> {
-    let peer = rustix::net::sockopt::socket_peercred(stream)
-        .map_err(|error| problem(format!("the caller's identity cannot be read: {error}"), None))?;
+    let peer = rustix::net::sockopt::socket_peercred(stream).map_err(|error| {
+        problem(
+            format!("the caller's identity cannot be read: {error}"),
+            None,
+        )
+    })?;
     if !peer.uid.is_root() {
         tracing::warn!(uid = peer.uid.as_raw(), "refused a control connection");
         return Err(problem(
-            format!("uid {} may not control this attachment, only root may", peer.uid.as_raw()),
+            format!(
+                "uid {} may not control this attachment, only root may",
+                peer.uid.as_raw()
+            ),
             Some("run the command as root"),
         ));
     }
     if OPEN.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
         OPEN.fetch_sub(1, Ordering::Relaxed);
-        return Err(problem(format!("{MAX_CONNECTIONS} control connections are open already"), None));
+        return Err(problem(
+            format!("{MAX_CONNECTIONS} control connections are open already"),
+            None,
+        ));
     }
     Ok(())
 }
 
 fn write_response(mut stream: &UnixStream, response: &Response) -> io::Result<()> {
-    let line = response.to_line().or_else(|error| problem(error.to_string(), None).to_line()).map_err(io::Error::other)?;
+    let line = response
+        .to_line()
+        .or_else(|error| problem(error.to_string(), None).to_line())
+        .map_err(io::Error::other)?;
     stream.write_all(line.as_bytes())
 }
 
@@ -125,7 +153,8 @@ fn converse(mut stream: &UnixStream, front: &Front) -> io::Result<()> {
             let response = match Request::from_line(&line) {
                 Ok(request) => answer(stream, front, request)?,
                 Err(error) => {
-                    let cause = std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
+                    let cause = std::error::Error::source(&error)
+                        .map_or_else(String::new, |cause| format!(": {cause}"));
                     problem(format!("{error}{cause}"), None)
                 }
             };
@@ -155,11 +184,21 @@ fn answer(stream: &UnixStream, front: &Front, request: Request) -> io::Result<Re
             (front.refresh)(&mut status);
             return Ok(Response::Ok(Answer::Status(Box::new(status))));
         }
-        Request::Events { follow, since } => return events(stream, front, follow, since.unwrap_or(0)),
-        Request::Update { document, seed } => Command::Update { document, seed, answer: sender },
+        Request::Events { follow, since } => {
+            return events(stream, front, follow, since.unwrap_or(0));
+        }
+        Request::Update { document, seed } => Command::Update {
+            document,
+            seed,
+            answer: sender,
+        },
         Request::Pause {} => Command::Pause { answer: sender },
         Request::Resume {} => Command::Resume { answer: sender },
-        Request::Recover { force } => Command::Recover { why: Why::User, force, answer: Some(sender) },
+        Request::Recover { force } => Command::Recover {
+            why: Why::User,
+            force,
+            answer: Some(sender),
+        },
     };
     if front.engine.send(command).is_err() {
         return Ok(problem("the attachment is going away", None));
@@ -167,17 +206,31 @@ fn answer(stream: &UnixStream, front: &Front, request: Request) -> io::Result<Re
     Ok(match answers.recv_timeout(ANSWER_WITHIN) {
         Ok(response) => response,
         Err(mpsc::RecvTimeoutError::Timeout) => problem(
-            format!("no answer within {} s; the request is still being worked on", ANSWER_WITHIN.as_secs()),
+            format!(
+                "no answer within {} s; the request is still being worked on",
+                ANSWER_WITHIN.as_secs()
+            ),
             Some("`hobble show` tells how far it has come"),
         ),
         Err(mpsc::RecvTimeoutError::Disconnected) => problem("the attachment is going away", None),
     })
 }
 
-fn events(stream: &UnixStream, front: &Front, follow: bool, mut since: u64) -> io::Result<Response> {
+fn events(
+    stream: &UnixStream,
+    front: &Front,
+    follow: bool,
+    mut since: u64,
+) -> io::Result<Response> {
     loop {
-        let wait = if follow { Duration::from_secs(1) } else { Duration::ZERO };
-        let Some(batch) = front.board.events_since(since, wait) else { return Ok(Response::Ok(Answer::Done {})) };
+        let wait = if follow {
+            Duration::from_secs(1)
+        } else {
+            Duration::ZERO
+        };
+        let Some(batch) = front.board.events_since(since, wait) else {
+            return Ok(Response::Ok(Answer::Done {}));
+        };
         if batch.is_empty() && !follow {
             return Ok(Response::Ok(Answer::Done {}));
         }
@@ -225,12 +278,24 @@ mod tests {
     impl Rig {
         fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
-            std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+            std::fs::set_permissions(
+                dir.path(),
+                std::os::unix::fs::PermissionsExt::from_mode(0o755),
+            )
+            .unwrap();
             let board = Arc::new(Board::new(status()));
             let (engine, commands) = mpsc::channel();
-            let front = Front { board: Arc::clone(&board), refresh: Box::new(|status| status.paused = true), engine };
+            let front = Front {
+                board: Arc::clone(&board),
+                refresh: Box::new(|status| status.paused = true),
+                engine,
+            };
             serve(bind(&dir.path().join("s")).unwrap(), Arc::new(front)).unwrap();
-            Self { dir, board, commands }
+            Self {
+                dir,
+                board,
+                commands,
+            }
         }
 
         fn client(&self) -> Client {
@@ -250,7 +315,13 @@ mod tests {
         client.pause().unwrap();
         engine.join().unwrap();
         // The engine is gone now: said, not waited for.
-        assert!(client.resume().unwrap_err().to_string().contains("going away"));
+        assert!(
+            client
+                .resume()
+                .unwrap_err()
+                .to_string()
+                .contains("going away")
+        );
     }
 
     #[test]
@@ -258,9 +329,15 @@ mod tests {
         let rig = Rig::new();
         rig.board.publish(EventKind::Paused {});
         let mut events = rig.client().events(true, None).unwrap();
-        assert_eq!(events.next(Duration::from_secs(5)).unwrap().unwrap().seq, Some(0));
+        assert_eq!(
+            events.next(Duration::from_secs(5)).unwrap().unwrap().seq,
+            Some(0)
+        );
         rig.board.publish(EventKind::Resumed {});
-        assert_eq!(events.next(Duration::from_secs(5)).unwrap().unwrap().kind, EventKind::Resumed {});
+        assert_eq!(
+            events.next(Duration::from_secs(5)).unwrap().unwrap().kind,
+            EventKind::Resumed {}
+        );
         rig.board.close();
         while !events.ended() {
             assert!(events.next(Duration::from_secs(5)).unwrap().is_none());
@@ -271,7 +348,9 @@ mod tests {
     fn nonsense_is_answered_and_the_connection_lives_on() {
         let rig = Rig::new();
         let mut stream = UnixStream::connect(rig.dir.path().join("s")).unwrap();
-        stream.write_all(b"{\"v\":1,\"request\":\"explode\"}\n{\"v\":1,\"request\":\"ping\"}\n").unwrap();
+        stream
+            .write_all(b"{\"v\":1,\"request\":\"explode\"}\n{\"v\":1,\"request\":\"ping\"}\n")
+            .unwrap();
         let mut text = String::new();
         let mut chunk = [0; 4096];
         while text.lines().count() < 2 || !text.ends_with('\n') {
@@ -286,7 +365,8 @@ mod tests {
     fn another_uid_is_refused_even_when_the_socket_lets_it_in() {
         let rig = Rig::new();
         let path = rig.dir.path().join("s");
-        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666))
+            .unwrap();
         let text = std::thread::spawn(move || {
             let nobody = rustix::process::Uid::from_raw(65534);
             // Raw system call: only this thread changes.

@@ -10,7 +10,9 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use hobble_api::status::NotCovered as NotCoveredStatus;
-use hobble_graft::census::{self, Census, DescriptionId, DescriptionLock, FsId, MappedFileId, TableId};
+use hobble_graft::census::{
+    self, Census, DescriptionId, DescriptionLock, FsId, MappedFileId, TableId,
+};
 use hobble_graft::ids::ProcessId;
 use hobble_graft::proc::locks::{FileLock, LockClass, LockKind};
 use hobble_graft::stop::{Deadline, Tracer};
@@ -40,7 +42,9 @@ const LET_GO: Duration = Duration::from_secs(2);
 fn holders(hook: &Hook) -> Result<(Vec<ProcessId>, Census), AttachError> {
     let device = hook.device();
     let on_hook = move |facts: &census::FileFacts| facts.device == device;
-    let failed = |error| AttachError::new(Step::Census, "it cannot be found out who is on the hook").because(error);
+    let failed = |error| {
+        AttachError::new(Step::Census, "it cannot be found out who is on the hook").because(error)
+    };
     let all = sighting::holders(device);
     let census = census::take(&all, &on_hook).map_err(failed)?;
     Ok((all, census))
@@ -58,28 +62,44 @@ struct Returns<'c> {
 impl Engine {
     /// Takes the target off the hook. With `force` nothing is left on it, even where a program's own idea of its locks may suffer.
     pub(crate) fn detach(&mut self, force: bool) -> Result<GivenBack, AttachError> {
-        let Some(hook) = self.hook.as_ref() else { return Ok(GivenBack::default()) };
+        let Some(hook) = self.hook.as_ref() else {
+            return Ok(GivenBack::default());
+        };
         hook.disarm();
         hook.set_plan(None, Instant::now());
         hook.quiesce();
         let mut given = GivenBack::default();
-        let result = Tracer::scope(|tracer| self.move_out(tracer, force, &mut given).map_err(Traced));
+        let result =
+            Tracer::scope(|tracer| self.move_out(tracer, force, &mut given).map_err(Traced));
         if let Some(hook) = self.hook.as_ref() {
             hook.unquiesce();
         }
         result.map_err(|Traced(error)| error)?;
-        let Some(hook) = self.hook.as_mut() else { return Err(no_hook()) };
+        let Some(hook) = self.hook.as_mut() else {
+            return Err(no_hook());
+        };
         hook.close_mount();
         if given.left.is_empty() && !hook.wait_end(LET_GO) {
             let unseen = "something that cannot be seen still holds it: a descriptor in flight, a mount in another namespace, a running program file".to_owned();
-            given.left.push(NotCoveredStatus { what: "the hook".to_owned(), reason: unseen, pid: None });
+            given.left.push(NotCoveredStatus {
+                what: "the hook".to_owned(),
+                reason: unseen,
+                pid: None,
+            });
         }
         Ok(given)
     }
 
-    fn move_out(&mut self, tracer: &Tracer, force: bool, given: &mut GivenBack) -> Result<(), AttachError> {
+    fn move_out(
+        &mut self,
+        tracer: &Tracer,
+        force: bool,
+        given: &mut GivenBack,
+    ) -> Result<(), AttachError> {
         for round in 0..ROUNDS {
-            let Some(hook) = self.hook.as_ref() else { return Err(no_hook()) };
+            let Some(hook) = self.hook.as_ref() else {
+                return Err(no_hook());
+            };
             let (processes, mut census) = holders(hook)?;
             // Asked for while the target runs: each costs round trips through the hook.
             let mut known = Known::default();
@@ -87,7 +107,11 @@ impl Engine {
             let stays = staying(hook, &census, &known, force);
             let moves = census.descriptions().len() - stays.len()
                 + census.mapped_files().len()
-                + census.fs_structs().iter().filter(|fs| fs.cwd.is_some() || fs.root.is_some()).count();
+                + census
+                    .fs_structs()
+                    .iter()
+                    .filter(|fs| fs.cwd.is_some() || fs.root.is_some())
+                    .count();
             if moves == 0 && !hook.is_placed() {
                 given.left = left(hook, &census, &stays);
                 return Ok(());
@@ -97,7 +121,9 @@ impl Engine {
                 self.unmount()?;
                 continue;
             }
-            if let Err(error) = self.journal.append(&Record::Stopping { processes: processes.iter().map(|process| who(*process)).collect() }) {
+            if let Err(error) = self.journal.append(&Record::Stopping {
+                processes: processes.iter().map(|process| who(*process)).collect(),
+            }) {
                 tracing::warn!(%error, "the journal does not tell of the stop");
             }
             let budget = Duration::from_micros(self.config.max_pause_us).max(LEAST_PAUSE);
@@ -106,7 +132,10 @@ impl Engine {
             let mut stopped = match tracer.stop_all(&processes, deadline) {
                 Ok(stopped) => stopped,
                 Err(error) if round + 1 < ROUNDS => {
-                    tracing::info!(error = chain(&error), "not everybody could be stopped; trying again");
+                    tracing::info!(
+                        error = chain(&error),
+                        "not everybody could be stopped; trying again"
+                    );
                     std::thread::sleep(Duration::from_millis(20 * u64::from(round + 1)));
                     continue;
                 }
@@ -117,14 +146,24 @@ impl Engine {
             let device = hook.device();
             census
                 .rescan(stopped.processes(), &|facts| facts.device == device)
-                .map_err(|error| AttachError::new(Step::Recover, "the stopped target cannot be looked into").because(error))?;
+                .map_err(|error| {
+                    AttachError::new(Step::Recover, "the stopped target cannot be looked into")
+                        .because(error)
+                })?;
             watch.lap("census");
             known.learn(hook, &census)?;
             let returns = returns(hook, &census, &known, force)?;
             hook.stop_flushing(returns.stays.is_empty());
             watch.lap("originals");
             let mut keeper = Outwards::new(hook, &returns.owners);
-            let applied = returns.switch.apply(&mut stopped, deadline, &mut Steps { journal: &mut self.journal }, &mut keeper);
+            let applied = returns.switch.apply(
+                &mut stopped,
+                deadline,
+                &mut Steps {
+                    journal: &mut self.journal,
+                },
+                &mut keeper,
+            );
             match applied {
                 Ok(report) => {
                     fault_point::pass("recover-grafted");
@@ -152,7 +191,10 @@ impl Engine {
                         }
                     }
                     drop(stopped);
-                    let error = AttachError::new(Step::Recover, "the target's files could not be given back");
+                    let error = AttachError::new(
+                        Step::Recover,
+                        "the target's files could not be given back",
+                    );
                     let rolled_back = failed.rolled_back;
                     let error = error.because(failed).hinting("it goes on working through the hook, without faults; try `hobble recover` again");
                     if !rolled_back {
@@ -161,7 +203,10 @@ impl Engine {
                     if round + 1 == ROUNDS {
                         return Err(error);
                     }
-                    tracing::info!(cause = error.cause_chain(), "giving back failed; trying again");
+                    tracing::info!(
+                        cause = error.cause_chain(),
+                        "giving back failed; trying again"
+                    );
                     std::thread::sleep(Duration::from_millis(20));
                 }
             }
@@ -170,7 +215,9 @@ impl Engine {
     }
 
     fn unmount(&mut self) -> Result<(), AttachError> {
-        let Some(hook) = self.hook.as_mut() else { return Err(no_hook()) };
+        let Some(hook) = self.hook.as_mut() else {
+            return Err(no_hook());
+        };
         hook.remove()?;
         fault_point::pass("unmounted");
         Ok(())
@@ -192,23 +239,44 @@ impl Known {
         let mirror = hook.mirror();
         let failed = |facts: &census::FileFacts| {
             let path = facts.path.display().to_string();
-            move |error: std::io::Error| AttachError::io(Step::Recover, format!("find what {path} on the hook came from"), error)
+            move |error: std::io::Error| {
+                AttachError::io(
+                    Step::Recover,
+                    format!("find what {path} on the hook came from"),
+                    error,
+                )
+            }
         };
         for description in census.descriptions() {
             if let Entry::Vacant(new) = self.descriptions.entry(description.id) {
-                new.insert(mirror.identify(description.kept.as_fd()).map_err(failed(&description.facts))?);
+                new.insert(
+                    mirror
+                        .identify(description.kept.as_fd())
+                        .map_err(failed(&description.facts))?,
+                );
             }
         }
         for file in census.mapped_files() {
             if let Entry::Vacant(new) = self.files.entry(file.id) {
-                new.insert(mirror.identify(file.kept.as_fd()).map_err(failed(&file.facts))?);
+                new.insert(
+                    mirror
+                        .identify(file.kept.as_fd())
+                        .map_err(failed(&file.facts))?,
+                );
             }
         }
         for fs in census.fs_structs() {
             for (directory, is_root) in [(&fs.cwd, false), (&fs.root, true)] {
                 let Some(directory) = directory else { continue };
-                if let Entry::Vacant(new) = self.directories.entry((fs.id, is_root, directory.facts.inode)) {
-                    new.insert(mirror.identify(directory.kept.as_fd()).map_err(failed(&directory.facts))?);
+                if let Entry::Vacant(new) =
+                    self.directories
+                        .entry((fs.id, is_root, directory.facts.inode))
+                {
+                    new.insert(
+                        mirror
+                            .identify(directory.kept.as_fd())
+                            .map_err(failed(&directory.facts))?,
+                    );
                 }
             }
         }
@@ -222,7 +290,11 @@ fn staying(hook: &Hook, census: &Census, known: &Known, force: bool) -> BTreeSet
         return BTreeSet::new();
     }
     let stays = |info: &HandleInfo| must_stay(info, hook.mirror().has_seen_posix_locks(info.node));
-    census.descriptions().map(|description| description.id).filter(|id| known.descriptions.get(id).is_some_and(stays)).collect()
+    census
+        .descriptions()
+        .map(|description| description.id)
+        .filter(|id| known.descriptions.get(id).is_some_and(stays))
+        .collect()
 }
 
 fn left(hook: &Hook, census: &Census, stays: &BTreeSet<DescriptionId>) -> Vec<NotCoveredStatus> {
@@ -249,18 +321,42 @@ fn left(hook: &Hook, census: &Census, stays: &BTreeSet<DescriptionId>) -> Vec<No
 }
 
 /// Finds for everything on the hook what it came from.
-fn returns<'c>(hook: &Hook, census: &'c Census, known: &Known, force: bool) -> Result<Returns<'c>, AttachError> {
+fn returns<'c>(
+    hook: &Hook,
+    census: &'c Census,
+    known: &Known,
+    force: bool,
+) -> Result<Returns<'c>, AttachError> {
     let mirror = hook.mirror();
     let stays = staying(hook, census, known, force);
     let held = mirror.with_locks(|locks| locks.held());
-    let mut returns = Returns { switch: Switch::new(census), owners: BTreeMap::new(), given: Vec::new(), stays: left(hook, census, &stays), moves: 0 };
+    let mut returns = Returns {
+        switch: Switch::new(census),
+        owners: BTreeMap::new(),
+        given: Vec::new(),
+        stays: left(hook, census, &stays),
+        moves: 0,
+    };
     let failed = |path: &std::path::Path| {
         let path = path.display().to_string();
-        move |error: std::io::Error| AttachError::io(Step::Recover, format!("give back what {path} on the hook came from"), error)
+        move |error: std::io::Error| {
+            AttachError::io(
+                Step::Recover,
+                format!("give back what {path} on the hook came from"),
+                error,
+            )
+        }
     };
-    for description in census.descriptions().filter(|description| !stays.contains(&description.id)) {
-        let Some(info) = known.descriptions.get(&description.id) else { continue };
-        let original = mirror.give_back(info).map_err(failed(&description.facts.path))?;
+    for description in census
+        .descriptions()
+        .filter(|description| !stays.contains(&description.id))
+    {
+        let Some(info) = known.descriptions.get(&description.id) else {
+            continue;
+        };
+        let original = mirror
+            .give_back(info)
+            .map_err(failed(&description.facts.path))?;
         let locks = posix_locks(census, description, info, &held, &mut returns.owners);
         if !locks.is_empty() {
             returns.switch.locks(description.id, locks);
@@ -270,17 +366,33 @@ fn returns<'c>(hook: &Hook, census: &'c Census, known: &Known, force: bool) -> R
         returns.moves += 1;
     }
     for file in census.mapped_files() {
-        let Some(info) = known.files.get(&file.id) else { continue };
-        returns.switch.mapped_file(file.id, mirror.give_back(info).map_err(failed(&file.facts.path))?);
+        let Some(info) = known.files.get(&file.id) else {
+            continue;
+        };
+        returns.switch.mapped_file(
+            file.id,
+            mirror.give_back(info).map_err(failed(&file.facts.path))?,
+        );
         returns.given.push(*info);
         returns.moves += 1;
     }
     for fs in census.fs_structs() {
         for (directory, is_root) in [(&fs.cwd, false), (&fs.root, true)] {
             let Some(directory) = directory else { continue };
-            let Some(info) = known.directories.get(&(fs.id, is_root, directory.facts.inode)) else { continue };
-            let original = mirror.give_back(info).map_err(failed(&directory.facts.path))?;
-            if is_root { returns.switch.root_directory(fs.id, original) } else { returns.switch.working_directory(fs.id, original) }
+            let Some(info) = known
+                .directories
+                .get(&(fs.id, is_root, directory.facts.inode))
+            else {
+                continue;
+            };
+            let original = mirror
+                .give_back(info)
+                .map_err(failed(&directory.facts.path))?;
+            if is_root {
+                returns.switch.root_directory(fs.id, original)
+            } else {
+                returns.switch.working_directory(fs.id, original)
+            }
             returns.moves += 1;
         }
     }
@@ -296,16 +408,31 @@ fn posix_locks(
     owners: &mut BTreeMap<(TableId, DescriptionId), OwnerId>,
 ) -> Vec<DescriptionLock> {
     let mut locks = Vec::new();
-    for holder in held.iter().filter(|holder| !holder.ofd && holder.owner.node() == info.node && holder.class == info.class) {
-        let table = description.places.iter().map(|place| place.table).find(|table| {
-            census.tables().iter().filter(|known| known.id == *table).any(|known| {
-                known.members.iter().any(|member| u32::try_from(member.pid.as_raw()).is_ok_and(|pid| pid == holder.pid))
-            })
-        });
+    for holder in held.iter().filter(|holder| {
+        !holder.ofd && holder.owner.node() == info.node && holder.class == info.class
+    }) {
+        let table = description
+            .places
+            .iter()
+            .map(|place| place.table)
+            .find(|table| {
+                census
+                    .tables()
+                    .iter()
+                    .filter(|known| known.id == *table)
+                    .any(|known| {
+                        known.members.iter().any(|member| {
+                            u32::try_from(member.pid.as_raw()).is_ok_and(|pid| pid == holder.pid)
+                        })
+                    })
+            });
         let Some(table) = table else { continue };
         owners.insert((table, description.id), holder.owner);
         for range in &holder.ranges {
-            locks.push(DescriptionLock { lock: held_lock(*range), table: Some(table) });
+            locks.push(DescriptionLock {
+                lock: held_lock(*range),
+                table: Some(table),
+            });
         }
     }
     locks
@@ -317,5 +444,12 @@ fn held_lock(lock: locks::RangeLock) -> FileLock {
         locks::LockKind::Write => LockKind::Write,
     };
     let end = (lock.range.end < LockRange::OPEN_END).then_some(lock.range.end);
-    FileLock { class: LockClass::Posix, kind, pid: None, inode: None, start: lock.range.start, end }
+    FileLock {
+        class: LockClass::Posix,
+        kind,
+        pid: None,
+        inode: None,
+        start: lock.range.start,
+        end,
+    }
 }

@@ -8,7 +8,12 @@ use crate::inspect;
 use crate::options::InjectOptions;
 
 fn check(name: &str, outcome: CheckOutcome, text: impl Into<String>, hint: Option<&str>) -> Check {
-    Check { name: name.to_owned(), outcome, text: text.into(), hint: hint.map(str::to_owned) }
+    Check {
+        name: name.to_owned(),
+        outcome,
+        text: text.into(),
+        hint: hint.map(str::to_owned),
+    }
 }
 
 fn ok(name: &str, text: impl Into<String>) -> Check {
@@ -18,7 +23,17 @@ fn ok(name: &str, text: impl Into<String>) -> Check {
 /// Everything that attaching depends on; with a target also the reasons of its pre-flight.
 #[must_use]
 pub fn doctor(target: Option<(i32, &Path)>) -> Vec<Check> {
-    let mut checks = vec![kernel(), root(), fuse(), passthrough(), ptrace(), forks(), descriptors(), timeouts(), selinux()];
+    let mut checks = vec![
+        kernel(),
+        root(),
+        fuse(),
+        passthrough(),
+        ptrace(),
+        forks(),
+        descriptors(),
+        timeouts(),
+        selinux(),
+    ];
     if let Some((pid, path)) = target {
         match crate::preflight(&InjectOptions::new(pid, path)) {
             Ok(preflight) => {
@@ -28,7 +43,12 @@ pub fn doctor(target: Option<(i32, &Path)>) -> Vec<Check> {
                     Verdict::Degraded => CheckOutcome::Warn,
                     Verdict::Refuse => CheckOutcome::Fail,
                 };
-                checks.push(check("target", outcome, format!("pid {pid}, {}: {}", path.display(), verdict.as_str()), None));
+                checks.push(check(
+                    "target",
+                    outcome,
+                    format!("pid {pid}, {}: {}", path.display(), verdict.as_str()),
+                    None,
+                ));
                 checks.extend(preflight.reasons.into_iter().map(|reason| Check {
                     name: format!("target/{}", reason.code),
                     outcome,
@@ -38,7 +58,11 @@ pub fn doctor(target: Option<(i32, &Path)>) -> Vec<Check> {
             }
             Err(error) => {
                 let cause = error.cause_chain();
-                let text = if cause.is_empty() { error.to_string() } else { format!("{error}: {cause}") };
+                let text = if cause.is_empty() {
+                    error.to_string()
+                } else {
+                    format!("{error}: {cause}")
+                };
                 checks.push(check("target", CheckOutcome::Fail, text, error.hint()));
             }
         }
@@ -47,11 +71,19 @@ pub fn doctor(target: Option<(i32, &Path)>) -> Vec<Check> {
 }
 
 fn kernel() -> Check {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let release = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
     match inspect::kernel_version() {
         // pidfd_getfd and openat2 (5.6) are what cannot be done without; fsopen and move_mount came with 5.2.
         Some(version) if version >= (5, 6) => ok("kernel", format!("Linux {release}")),
-        _ => check("kernel", CheckOutcome::Fail, format!("Linux {release} lacks pidfd_getfd and openat2"), Some("Linux 5.6 or later is needed")),
+        _ => check(
+            "kernel",
+            CheckOutcome::Fail,
+            format!("Linux {release} lacks pidfd_getfd and openat2"),
+            Some("Linux 5.6 or later is needed"),
+        ),
     }
 }
 
@@ -60,36 +92,65 @@ fn root() -> Check {
     if missing.is_empty() {
         return ok("capabilities", "all that are needed");
     }
-    let list: Vec<String> = missing.iter().map(|(name, why)| format!("{name} ({why})")).collect();
-    check("capabilities", CheckOutcome::Fail, format!("missing: {}", list.join(", ")), Some("run hobble as root, in a container with these capabilities"))
+    let list: Vec<String> = missing
+        .iter()
+        .map(|(name, why)| format!("{name} ({why})"))
+        .collect();
+    check(
+        "capabilities",
+        CheckOutcome::Fail,
+        format!("missing: {}", list.join(", ")),
+        Some("run hobble as root, in a container with these capabilities"),
+    )
 }
 
 fn fuse() -> Check {
     match crate::server::probe() {
         Ok(_) => ok("fuse", "a FUSE filesystem can be made"),
         Err(error) => {
-            let source = std::error::Error::source(&error).map_or_else(String::new, |source| format!(": {source}"));
-            check("fuse", CheckOutcome::Fail, format!("{error}{source}"), Some("load the module with `modprobe fuse`; in a container, /dev/fuse must be there"))
+            let source = std::error::Error::source(&error)
+                .map_or_else(String::new, |source| format!(": {source}"));
+            check(
+                "fuse",
+                CheckOutcome::Fail,
+                format!("{error}{source}"),
+                Some(
+                    "load the module with `modprobe fuse`; in a container, /dev/fuse must be there",
+                ),
+            )
         }
     }
 }
 
 fn passthrough() -> Check {
     match crate::server::probe() {
-        Ok(true) => ok("passthrough", "files that no rule looks at are read, written and mapped inside the kernel"),
+        Ok(true) => ok(
+            "passthrough",
+            "files that no rule looks at are read, written and mapped inside the kernel",
+        ),
         Ok(false) => check(
             "passthrough",
             CheckOutcome::Warn,
             "the kernel offers no FUSE passthrough: every read and write goes through the server",
             Some("Linux 6.9 or later with CONFIG_FUSE_PASSTHROUGH"),
         ),
-        Err(_) => check("passthrough", CheckOutcome::Fail, "cannot be asked for without FUSE", None),
+        Err(_) => check(
+            "passthrough",
+            CheckOutcome::Fail,
+            "cannot be asked for without FUSE",
+            None,
+        ),
     }
 }
 
 fn ptrace() -> Check {
     if inspect::kernel_number("/proc/sys/kernel/yama/ptrace_scope") == Some(3) {
-        return check("ptrace", CheckOutcome::Fail, "kernel.yama.ptrace_scope is 3: nobody may trace", Some("it can only be lowered by a reboot"));
+        return check(
+            "ptrace",
+            CheckOutcome::Fail,
+            "kernel.yama.ptrace_scope is 3: nobody may trace",
+            Some("it can only be lowered by a reboot"),
+        );
     }
     if inspect::under_seccomp() {
         return check(
@@ -99,12 +160,18 @@ fn ptrace() -> Check {
             Some("run it without SystemCallFilter, or with seccomp=unconfined"),
         );
     }
-    ok("ptrace", "targets can be stopped, those with a seccomp filter too")
+    ok(
+        "ptrace",
+        "targets can be stopped, those with a seccomp filter too",
+    )
 }
 
 fn forks() -> Check {
     if crate::scope::TargetSet::tree(Vec::new).follows_forks() {
-        ok("process events", "children of a target are seen as they are made")
+        ok(
+            "process events",
+            "children of a target are seen as they are made",
+        )
     } else {
         check(
             "process events",
@@ -121,7 +188,10 @@ fn descriptors() -> Check {
         Some(limit) if limit < 4096 => check(
             "descriptors",
             CheckOutcome::Warn,
-            format!("at most {limit} open files: a target may have about {}", limit / 2),
+            format!(
+                "at most {limit} open files: a target may have about {}",
+                limit / 2
+            ),
             Some("raise the hard limit (ulimit -Hn, LimitNOFILE=)"),
         ),
         Some(limit) => ok("descriptors", format!("at most {limit} open files")),
@@ -143,7 +213,10 @@ fn timeouts() -> Check {
         check(
             "request timeouts",
             CheckOutcome::Warn,
-            format!("{}: the kernel takes the hook away when a delay lasts longer", set.join(", ")),
+            format!(
+                "{}: the kernel takes the hook away when a delay lasts longer",
+                set.join(", ")
+            ),
             Some("keep delays shorter, or set them to 0"),
         )
     }

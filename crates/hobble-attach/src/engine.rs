@@ -81,8 +81,15 @@ pub(crate) struct GivenBack {
 
 fn refuse(answer: &Sender<Response>, error: &AttachError) {
     let chain = error.cause_chain();
-    let cause = if chain.is_empty() { error.to_string() } else { format!("{error}: {chain}") };
-    let _ = answer.send(Response::Err(Problem { cause, hint: error.hint().map(str::to_owned) }));
+    let cause = if chain.is_empty() {
+        error.to_string()
+    } else {
+        format!("{error}: {chain}")
+    };
+    let _ = answer.send(Response::Err(Problem {
+        cause,
+        hint: error.hint().map(str::to_owned),
+    }));
 }
 
 fn done(answer: &Sender<Response>) {
@@ -90,7 +97,10 @@ fn done(answer: &Sender<Response>) {
 }
 
 /// Reads and checks a document that came as JSON.
-pub(crate) fn check_document(document: &serde_json::Value, step: Step) -> Result<Experiment, AttachError> {
+pub(crate) fn check_document(
+    document: &serde_json::Value,
+    step: Step,
+) -> Result<Experiment, AttachError> {
     let document: Document = serde_json::from_value(document.clone())
         .map_err(|error| AttachError::new(step, "the rules cannot be read").because(error))?;
     hobble_rules::check(&document).map_err(|found| diagnostics(&found, step))
@@ -99,9 +109,12 @@ pub(crate) fn check_document(document: &serde_json::Value, step: Step) -> Result
 /// Diagnostics as one error.
 pub(crate) fn diagnostics(found: &[hobble_rules::Diagnostic], step: Step) -> AttachError {
     let list: Vec<String> = found.iter().map(ToString::to_string).collect();
-    AttachError::new(step, format!("the rules are not right: {}", list.join("; ")))
-        .hinting("`hobble check` shows every place")
-        .exiting(hobble_api::exit::ExitCode::Usage)
+    AttachError::new(
+        step,
+        format!("the rules are not right: {}", list.join("; ")),
+    )
+    .hinting("`hobble check` shows every place")
+    .exiting(hobble_api::exit::ExitCode::Usage)
 }
 
 fn draw_seed() -> u64 {
@@ -171,14 +184,29 @@ impl Engine {
                 Ok(command) => Some(command),
                 Err(RecvTimeoutError::Timeout) => self.look(),
                 // Every sender has gone: only possible when the control thread died.
-                Err(RecvTimeoutError::Disconnected) => Some(Command::Recover { why: Why::Failed, force: false, answer: None }),
+                Err(RecvTimeoutError::Disconnected) => Some(Command::Recover {
+                    why: Why::Failed,
+                    force: false,
+                    answer: None,
+                }),
             };
             match command {
                 None => {}
-                Some(Command::Update { answer, .. } | Command::Pause { answer } | Command::Resume { answer }) if self.ending => {
-                    refuse(&answer, &AttachError::new(Step::Update, "it is being recovered"));
+                Some(
+                    Command::Update { answer, .. }
+                    | Command::Pause { answer }
+                    | Command::Resume { answer },
+                ) if self.ending => {
+                    refuse(
+                        &answer,
+                        &AttachError::new(Step::Update, "it is being recovered"),
+                    );
                 }
-                Some(Command::Update { document, seed, answer }) => match self.update(&document, seed) {
+                Some(Command::Update {
+                    document,
+                    seed,
+                    answer,
+                }) => match self.update(&document, seed) {
                     Ok((seed, rules)) => {
                         let _ = answer.send(Response::Ok(Answer::Updated { seed, rules }));
                     }
@@ -216,7 +244,9 @@ impl Engine {
                             refuse(&answer, &error);
                         }
                         // Without a connection nothing can be asked any more: the holder's successor goes by its descriptors.
-                        if !error.rolled_back() || self.hook.as_ref().is_some_and(|hook| !hook.is_serving()) {
+                        if !error.rolled_back()
+                            || self.hook.as_ref().is_some_and(|hook| !hook.is_serving())
+                        {
                             return NEEDS_RECOVERY;
                         }
                         // Native it is not, so the deadline must not fire at once for ever: try again in a second.
@@ -229,14 +259,25 @@ impl Engine {
 
     /// What time, target and hook ask for.
     fn look(&mut self) -> Option<Command> {
-        let recover = |why| Some(Command::Recover { why, force: false, answer: None });
-        if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+        let recover = |why| {
+            Some(Command::Recover {
+                why,
+                force: false,
+                answer: None,
+            })
+        };
+        if self
+            .deadline
+            .is_some_and(|deadline| Instant::now() >= deadline)
+        {
             return recover(Why::Deadline);
         }
         if !self.anybody_left() {
             return recover(Why::TargetExit);
         }
-        if self.hook.as_ref().is_some_and(|hook| !hook.is_serving()) || self.hook.as_mut().is_some_and(Hook::is_lost) {
+        if self.hook.as_ref().is_some_and(|hook| !hook.is_serving())
+            || self.hook.as_mut().is_some_and(Hook::is_lost)
+        {
             return recover(Why::HookLost);
         }
         None
@@ -244,13 +285,21 @@ impl Engine {
 
     fn anybody_left(&self) -> bool {
         match self.config.scope {
-            Scope::Tree => self.targets.processes().into_iter().any(crate::attaching::is_running),
+            Scope::Tree => self
+                .targets
+                .processes()
+                .into_iter()
+                .any(crate::attaching::is_running),
             Scope::Namespace => self.hook.as_ref().is_none_or(Hook::namespace_is_inhabited),
         }
     }
 
     pub(crate) fn progress(&self, phase: &str, done: u64, total: u64) {
-        self.board.publish(EventKind::Attaching(Progress { phase: phase.to_owned(), done, total }));
+        self.board.publish(EventKind::Attaching(Progress {
+            phase: phase.to_owned(),
+            done,
+            total,
+        }));
     }
 
     /// The plan to begin with, compiled before anything is opened because it chooses how files are opened.
@@ -262,7 +311,11 @@ impl Engine {
             return Ok(None);
         };
         let experiment = self.check(document, Step::Inject)?;
-        let seed = self.config.seed.or(experiment.seed()).unwrap_or_else(draw_seed);
+        let seed = self
+            .config
+            .seed
+            .or(experiment.seed())
+            .unwrap_or_else(draw_seed);
         self.board.edit(|status| status.seed = seed);
         let plan = Arc::new(Plan::compile(&experiment, seed, None, Duration::ZERO));
         *self.plan.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&plan));
@@ -271,7 +324,12 @@ impl Engine {
 
     /// Reads and checks a document for this attachment.
     fn check(&self, document: &serde_json::Value, step: Step) -> Result<Experiment, AttachError> {
-        let only = self.hook.as_ref().and_then(|hook| Some((hook.volume().absolute().to_vec(), hook.volume().only_file()?.to_vec())));
+        let only = self.hook.as_ref().and_then(|hook| {
+            Some((
+                hook.volume().absolute().to_vec(),
+                hook.volume().only_file()?.to_vec(),
+            ))
+        });
         match only {
             None => check_document(document, step),
             Some((directory, file)) => crate::single_file::check(document, &directory, &file, step),
@@ -282,7 +340,11 @@ impl Engine {
     fn begin(&mut self) -> Result<(), AttachError> {
         fault_point::pass("injecting");
         let began = *self.began.get_or_insert_with(Instant::now);
-        let plan = self.plan.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let plan = self
+            .plan
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         self.put_in_force(plan, Step::Inject)?;
         let seed = self.board.status().seed;
         if let Lifetime::For(time) = self.config.lifetime() {
@@ -296,12 +358,18 @@ impl Engine {
             status.phase = Phase::Attached;
             status.deadline = deadline;
         });
-        self.board.publish(EventKind::Injecting(Rules { seed, rules: self.rule_names() }));
+        self.board.publish(EventKind::Injecting(Rules {
+            seed,
+            rules: self.rule_names(),
+        }));
         Ok(())
     }
 
     fn rule_names(&self) -> Vec<String> {
-        rule_counts(&self.plan).into_iter().map(|rule| rule.name).collect()
+        rule_counts(&self.plan)
+            .into_iter()
+            .map(|rule| rule.name)
+            .collect()
     }
 
     /// Publishes what attaching moved.
@@ -322,10 +390,18 @@ impl Engine {
         self.board.publish(EventKind::Attached(event));
     }
 
-    fn update(&mut self, document: &serde_json::Value, seed: Option<u64>) -> Result<(u64, Vec<String>), AttachError> {
+    fn update(
+        &mut self,
+        document: &serde_json::Value,
+        seed: Option<u64>,
+    ) -> Result<(u64, Vec<String>), AttachError> {
         let experiment = self.check(document, Step::Update)?;
         fault_point::pass("updating");
-        let previous = self.plan.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let previous = self
+            .plan
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         let seed = seed
             .or(experiment.seed())
             .or_else(|| previous.as_ref().map(|plan| plan.seed()))
@@ -338,7 +414,10 @@ impl Engine {
         *self.plan.lock().unwrap_or_else(PoisonError::into_inner) = Some(plan);
         self.board.edit(|status| status.seed = seed);
         let rules = self.rule_names();
-        self.board.publish(EventKind::Updated(Rules { seed, rules: rules.clone() }));
+        self.board.publish(EventKind::Updated(Rules {
+            seed,
+            rules: rules.clone(),
+        }));
         fault_point::pass("updated");
         Ok((seed, rules))
     }
@@ -358,7 +437,11 @@ impl Engine {
         if !self.paused {
             return Err(AttachError::new(Step::Update, "it is not paused"));
         }
-        let plan = self.plan.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let plan = self
+            .plan
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         self.put_in_force(plan, Step::Update)?;
         self.paused = false;
         self.board.edit(|status| status.paused = false);
@@ -371,8 +454,12 @@ impl Engine {
         self.board.edit(|status| status.phase = Phase::Detaching);
         self.board.publish(EventKind::Recovering { why });
         self.journal
-            .append(&Record::Recovering { why: format!("{why:?}") })
-            .unwrap_or_else(|error| tracing::warn!(%error, "the journal does not tell of the recovery"));
+            .append(&Record::Recovering {
+                why: format!("{why:?}"),
+            })
+            .unwrap_or_else(
+                |error| tracing::warn!(%error, "the journal does not tell of the recovery"),
+            );
         fault_point::pass("recovering");
         let given = self.detach(force)?;
         self.board.edit(|status| {
@@ -395,21 +482,39 @@ impl Engine {
     /// Serves plainly until the kernel has let go of the hook: descriptors that stay on it by design, or are in flight in a socket.
     fn linger(&mut self, commands: &Receiver<Command>) -> i32 {
         loop {
-            if self.hook.as_ref().is_none_or(|hook| hook.wait_end(LOOK_EVERY)) {
+            if self
+                .hook
+                .as_ref()
+                .is_none_or(|hook| hook.wait_end(LOOK_EVERY))
+            {
                 return DONE;
             }
             // What is left is nobody's but its holder's; the only request that makes sense now is to force it.
             match commands.try_recv() {
                 Ok(Command::Recover { force, answer, .. }) => {
-                    let result = if force { self.detach(true).map(drop) } else { Ok(()) };
+                    let result = if force {
+                        self.detach(true).map(drop)
+                    } else {
+                        Ok(())
+                    };
                     match (answer, result) {
                         (Some(answer), Ok(())) => done(&answer),
                         (Some(answer), Err(error)) => refuse(&answer, &error),
                         (None, _) => {}
                     }
                 }
-                Ok(Command::Update { answer, .. } | Command::Pause { answer } | Command::Resume { answer }) => {
-                    refuse(&answer, &AttachError::new(Step::Update, "it has recovered; only files that are still open are served"));
+                Ok(
+                    Command::Update { answer, .. }
+                    | Command::Pause { answer }
+                    | Command::Resume { answer },
+                ) => {
+                    refuse(
+                        &answer,
+                        &AttachError::new(
+                            Step::Update,
+                            "it has recovered; only files that are still open are served",
+                        ),
+                    );
                 }
                 Err(_) => {}
             }
@@ -417,13 +522,17 @@ impl Engine {
     }
 }
 
-
 fn rule_counts(plan: &PlanSlot) -> Vec<RuleCounts> {
     let plan = plan.lock().unwrap_or_else(PoisonError::into_inner).clone();
     plan.map_or_else(Vec::new, |plan| {
         plan.counters()
             .into_iter()
-            .map(|rule| RuleCounts { name: rule.name, evaluated: rule.evaluated, matched: rule.matched, injected: rule.injected })
+            .map(|rule| RuleCounts {
+                name: rule.name,
+                evaluated: rule.evaluated,
+                matched: rule.matched,
+                injected: rule.injected,
+            })
             .collect()
     })
 }

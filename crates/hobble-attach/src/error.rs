@@ -99,7 +99,14 @@ impl AttachError {
     /// A failure of `step` with a message that names the operand.
     #[must_use]
     pub fn new(step: Step, message: impl Into<String>) -> Self {
-        Self { step, message: message.into(), hint: None, code: ExitCode::Failed, rolled_back: true, source: None }
+        Self {
+            step,
+            message: message.into(),
+            hint: None,
+            code: ExitCode::Failed,
+            rolled_back: true,
+            source: None,
+        }
     }
 
     /// A failed system call or file operation.

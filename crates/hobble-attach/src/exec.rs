@@ -41,9 +41,15 @@ pub struct ExecOutcome {
 /// exit code to leave with.
 #[must_use]
 pub fn launch_entry(arguments: &[OsString]) -> u8 {
-    let [pipes, command, rest @ ..] = arguments else { return EXEC_FAILED };
-    let Some((gate, ready)) = pipes.to_str().and_then(|pipes| pipes.split_once(',')) else { return EXEC_FAILED };
-    let (Ok(gate), Ok(ready)) = (gate.parse(), ready.parse()) else { return EXEC_FAILED };
+    let [pipes, command, rest @ ..] = arguments else {
+        return EXEC_FAILED;
+    };
+    let Some((gate, ready)) = pipes.to_str().and_then(|pipes| pipes.split_once(',')) else {
+        return EXEC_FAILED;
+    };
+    let (Ok(gate), Ok(ready)) = (gate.parse(), ready.parse()) else {
+        return EXEC_FAILED;
+    };
     let (gate, ready) = (sys::inherited(gate), sys::inherited(ready));
     if let Err(error) = isolate() {
         eprintln!("error: cannot make a mount namespace\ncaused by: {error}");
@@ -56,15 +62,25 @@ pub fn launch_entry(arguments: &[OsString]) -> u8 {
         _ => return EXEC_FAILED,
     }
     let error = Command::new(command).args(rest).exec();
-    eprintln!("error: cannot run {}\ncaused by: {error}", command.to_string_lossy());
-    if error.kind() == std::io::ErrorKind::NotFound { EXEC_NOT_FOUND } else { EXEC_NOT_EXECUTABLE }
+    eprintln!(
+        "error: cannot run {}\ncaused by: {error}",
+        command.to_string_lossy()
+    );
+    if error.kind() == std::io::ErrorKind::NotFound {
+        EXEC_NOT_FOUND
+    } else {
+        EXEC_NOT_EXECUTABLE
+    }
 }
 
 /// A mount namespace of its own from which nothing propagates.
 fn isolate() -> std::io::Result<()> {
     sys::unshare_mounts()?;
     // Slave, not private: what the host mounts later still shows, what happens here does not go out (mount_namespaces(7)).
-    mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?;
+    mount_change(
+        "/",
+        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
+    )?;
     Ok(())
 }
 
@@ -75,10 +91,16 @@ struct Launcher {
 
 impl Launcher {
     fn start(options: &ExecOptions) -> Result<Self, AttachError> {
-        let failed = |error: std::io::Error| AttachError::io(Step::Exec, "start the launcher", error);
-        let (theirs, ours) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
-        let (ready, isolated) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
-        let program = options.server_program.clone().unwrap_or_else(|| "/proc/self/exe".into());
+        let failed =
+            |error: std::io::Error| AttachError::io(Step::Exec, "start the launcher", error);
+        let (theirs, ours) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            .map_err(|error| failed(error.into()))?;
+        let (ready, isolated) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            .map_err(|error| failed(error.into()))?;
+        let program = options
+            .server_program
+            .clone()
+            .unwrap_or_else(|| "/proc/self/exe".into());
         // Inherited by the launcher, which closes both before it becomes the command.
         let mut command = Command::new(program);
         command.arg0("hobble").arg(LAUNCH_ARGUMENT);
@@ -86,24 +108,37 @@ impl Launcher {
         let ready_number = std::os::fd::AsRawFd::as_raw_fd(&isolated);
         command.arg(format!("{gate_number},{ready_number}"));
         command.args(&options.command);
-        rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty()).map_err(|error| failed(error.into()))?;
-        rustix::io::fcntl_setfd(&isolated, rustix::io::FdFlags::empty()).map_err(|error| failed(error.into()))?;
+        rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty())
+            .map_err(|error| failed(error.into()))?;
+        rustix::io::fcntl_setfd(&isolated, rustix::io::FdFlags::empty())
+            .map_err(|error| failed(error.into()))?;
         let child = command.spawn().map_err(failed)?;
         drop((theirs, isolated));
-        let mut launcher = Self { child, gate: Some(ours) };
+        let mut launcher = Self {
+            child,
+            gate: Some(ours),
+        };
         let mut byte = [0_u8; 1];
         match std::fs::File::from(ready).read(&mut byte) {
             Ok(1) => Ok(launcher),
             _ => {
                 launcher.end();
-                Err(AttachError::new(Step::Exec, "the launcher could not make a mount namespace of its own").hinting("hobble needs root with CAP_SYS_ADMIN"))
+                Err(AttachError::new(
+                    Step::Exec,
+                    "the launcher could not make a mount namespace of its own",
+                )
+                .hinting("hobble needs root with CAP_SYS_ADMIN"))
             }
         }
     }
 
     fn go(&mut self) -> Result<(), AttachError> {
-        let Some(gate) = self.gate.take() else { return Ok(()) };
-        std::fs::File::from(gate).write_all(b"g").map_err(|error| AttachError::io(Step::Exec, "let the command start", error))
+        let Some(gate) = self.gate.take() else {
+            return Ok(());
+        };
+        std::fs::File::from(gate)
+            .write_all(b"g")
+            .map_err(|error| AttachError::io(Step::Exec, "let the command start", error))
     }
 
     /// Lets the launcher leave by end-of-file and reaps it.
@@ -126,9 +161,14 @@ impl Drop for Launcher {
 ///
 /// # Errors
 /// When the hook could not be attached: the command has not been started then (exit code 125).
-pub fn exec(options: &ExecOptions, mut each: impl FnMut(&Event), mut signals: impl FnMut() -> Option<i32>) -> Result<ExecOutcome, AttachError> {
+pub fn exec(
+    options: &ExecOptions,
+    mut each: impl FnMut(&Event),
+    mut signals: impl FnMut() -> Option<i32>,
+) -> Result<ExecOutcome, AttachError> {
     let mut launcher = Launcher::start(options)?;
-    let pid = i32::try_from(launcher.child.id()).map_err(|_| AttachError::new(Step::Exec, "the launcher's pid does not fit"))?;
+    let pid = i32::try_from(launcher.child.id())
+        .map_err(|_| AttachError::new(Step::Exec, "the launcher's pid does not fit"))?;
     let mut inject = InjectOptions::new(pid, options.path.clone());
     inject.scope = Scope::Namespace;
     inject.document.clone_from(&options.document);
@@ -146,7 +186,10 @@ pub fn exec(options: &ExecOptions, mut each: impl FnMut(&Event), mut signals: im
             Err(error) => return Err(AttachError::io(Step::Exec, "wait for the command", error)),
         }
         if let Some(signal) = signals()
-            && let (Some(pid), Some(signal)) = (rustix::process::Pid::from_raw(pid), rustix::process::Signal::from_named_raw(signal))
+            && let (Some(pid), Some(signal)) = (
+                rustix::process::Pid::from_raw(pid),
+                rustix::process::Signal::from_named_raw(signal),
+            )
         {
             let _ = rustix::process::kill_process(pid, signal);
         }

@@ -44,11 +44,19 @@ pub(crate) fn arm_from_environment() -> Result<(), String> {
         Err(_) => None,
         Ok(text) => {
             let (name, count) = text.split_once(':').unwrap_or((&text, "1"));
-            let count: u32 = count.parse().map_err(|_| format!("HOBBLE_FAULT_POINT: `{count}` is not a count"))?;
+            let count: u32 = count
+                .parse()
+                .map_err(|_| format!("HOBBLE_FAULT_POINT: `{count}` is not a count"))?;
             if !POINTS.contains(&name) {
-                return Err(format!("HOBBLE_FAULT_POINT: `{name}` is not one of {}", POINTS.join(", ")));
+                return Err(format!(
+                    "HOBBLE_FAULT_POINT: `{name}` is not one of {}",
+                    POINTS.join(", ")
+                ));
             }
-            Some(Armed { name: name.to_owned(), left: AtomicU32::new(count.max(1)) })
+            Some(Armed {
+                name: name.to_owned(),
+                left: AtomicU32::new(count.max(1)),
+            })
         }
     };
     let _ = ARMED.set(armed);
@@ -62,7 +70,8 @@ pub(crate) fn pass(name: &str) {
         && armed.name == name
         && armed.left.fetch_sub(1, Ordering::SeqCst) == 1
     {
-        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        let _ =
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
         // SIGKILL to oneself is delivered before kill() returns to user space (signal(7)).
         loop {
             std::thread::park();

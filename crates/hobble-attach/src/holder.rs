@@ -38,15 +38,29 @@ pub fn serve_entry() -> i32 {
 }
 
 fn prepare() -> Result<(ServeConfig, UnixStream), String> {
-    let lifeline = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().map_err(|error| format!("standard input: {error}"))?);
+    let lifeline = UnixStream::from(
+        std::io::stdin()
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(|error| format!("standard input: {error}"))?,
+    );
     let mut line = String::new();
-    lifeline.set_read_timeout(Some(Duration::from_secs(10))).map_err(|error| format!("standard input is not a socket: {error}"))?;
-    BufReader::new(&lifeline).read_line(&mut line).map_err(|error| format!("read the configuration: {error}"))?;
-    let config: ServeConfig = serde_json::from_str(&line).map_err(|error| format!("the configuration: {error}"))?;
+    lifeline
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .map_err(|error| format!("standard input is not a socket: {error}"))?;
+    BufReader::new(&lifeline)
+        .read_line(&mut line)
+        .map_err(|error| format!("read the configuration: {error}"))?;
+    let config: ServeConfig =
+        serde_json::from_str(&line).map_err(|error| format!("the configuration: {error}"))?;
     crate::fault_point::arm_from_environment()?;
     // Whatever leads a terminal or a service must not take the holder with it.
     let _ = rustix::process::setsid();
-    let null = File::options().read(true).write(true).open("/dev/null").map_err(|error| format!("open /dev/null: {error}"))?;
+    let null = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .map_err(|error| format!("open /dev/null: {error}"))?;
     rustix::stdio::dup2_stdin(&null).map_err(|error| format!("detach standard input: {error}"))?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     raise_descriptor_limit();
@@ -132,7 +146,12 @@ fn wait_for(server: i32) -> Option<i32> {
 fn wait_until_undone(config: &ServeConfig) -> i32 {
     loop {
         let gone = matches!(std::fs::symlink_metadata(config.state_dir.join(&config.id)), Err(error) if error.kind() == std::io::ErrorKind::NotFound);
-        if gone || matches!(sys::wait_signal(&SIGNALS, Duration::from_secs(1)), Some(libc::SIGTERM)) {
+        if gone
+            || matches!(
+                sys::wait_signal(&SIGNALS, Duration::from_secs(1)),
+                Some(libc::SIGTERM)
+            )
+        {
             return NEEDS_RECOVERY;
         }
     }

@@ -5,9 +5,9 @@
 //! holder's descriptors.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use hobble_fuse::mount::{self, MountOptions};
@@ -42,7 +42,8 @@ impl Callers for Audience {
     fn in_scope(&self, tid: Tid) -> bool {
         // Requests of thread 0 are the kernel's own (write-back, read-ahead for nobody): they are on behalf of whoever mapped the file, which in a
         // private namespace is a target.
-        self.armed.load(Ordering::Acquire) && i32::try_from(tid.0).is_ok_and(|tid| tid == 0 || self.targets.contains(tid))
+        self.armed.load(Ordering::Acquire)
+            && i32::try_from(tid.0).is_ok_and(|tid| tid == 0 || self.targets.contains(tid))
     }
 
     fn facts(&self, tid: Tid) -> CallerFacts {
@@ -67,12 +68,25 @@ pub(crate) struct Hook {
 
 /// Features switched off by `HOBBLE_MASK`, a list of names in any case such as `passthrough,has_resend`; for tests.
 fn mask() -> Result<Features, AttachError> {
-    let Ok(text) = std::env::var("HOBBLE_MASK") else { return Ok(Features::all()) };
+    let Ok(text) = std::env::var("HOBBLE_MASK") else {
+        return Ok(Features::all());
+    };
     let mut mask = Features::all();
-    for name in text.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+    for name in text
+        .split(',')
+        .map(str::trim)
+        .filter(|name| !name.is_empty())
+    {
         let Some(feature) = Features::from_name(&name.to_ascii_uppercase()) else {
-            let known: Vec<String> = Features::all().iter_names().map(|(name, _)| name.to_ascii_lowercase()).collect();
-            return Err(AttachError::new(Step::Serve, format!("HOBBLE_MASK: `{name}` is no feature")).hinting(format!("there are: {}", known.join(", "))));
+            let known: Vec<String> = Features::all()
+                .iter_names()
+                .map(|(name, _)| name.to_ascii_lowercase())
+                .collect();
+            return Err(AttachError::new(
+                Step::Serve,
+                format!("HOBBLE_MASK: `{name}` is no feature"),
+            )
+            .hinting(format!("there are: {}", known.join(", "))));
         };
         mask.remove(feature);
     }
@@ -93,30 +107,53 @@ pub(crate) fn probe() -> Result<bool, AttachError> {
         }
         fn interrupted(&self, _interrupt: hobble_fuse::Interrupt) {}
     }
-    let failed = |error: Box<dyn std::error::Error + Send + Sync>| AttachError::new(Step::Serve, "no FUSE filesystem can be made").because(error);
+    let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
+        AttachError::new(Step::Serve, "no FUSE filesystem can be made").because(error)
+    };
     let new = mount::create(&MountOptions::default()).map_err(|error| failed(error.into()))?;
-    let config = hobble_fuse::Config { mask: mask()?, readers: 1, ..hobble_fuse::Config::default() };
-    let server = Server::start(new.device, Arc::new(Nobody), &config).map_err(|error| failed(error.into()))?;
+    let config = hobble_fuse::Config {
+        mask: mask()?,
+        readers: 1,
+        ..hobble_fuse::Config::default()
+    };
+    let server = Server::start(new.device, Arc::new(Nobody), &config)
+        .map_err(|error| failed(error.into()))?;
     let passthrough = server.negotiated().features.contains(Features::PASSTHROUGH);
     drop(new.mount);
     if !server.wait(Duration::from_secs(2)) {
-        tracing::debug!("the kernel is slow to let go of a filesystem that was made to see what it offers");
+        tracing::debug!(
+            "the kernel is slow to let go of a filesystem that was made to see what it offers"
+        );
     }
     Ok(passthrough)
 }
 
 impl Hook {
     /// Makes the connection and serves it. What remains if we die: nothing, the mount is attached nowhere.
-    pub(crate) fn serve(volume: &Volume, id: &str, targets: Arc<TargetSet>) -> Result<Self, AttachError> {
+    pub(crate) fn serve(
+        volume: &Volume,
+        id: &str,
+        targets: Arc<TargetSet>,
+    ) -> Result<Self, AttachError> {
         let failed = |what: &str| {
             let what = what.to_owned();
-            move |error: Box<dyn std::error::Error + Send + Sync>| AttachError::new(Step::Serve, what).because(error)
+            move |error: Box<dyn std::error::Error + Send + Sync>| {
+                AttachError::new(Step::Serve, what).because(error)
+            }
         };
         let mask = mask()?;
-        let options = MountOptions { source: source(id), attributes: volume.mount_flags()?, ..MountOptions::default() };
-        let new = mount::create(&options).map_err(|error| failed("make the FUSE mount")(error.into()))?;
+        let options = MountOptions {
+            source: source(id),
+            attributes: volume.mount_flags()?,
+            ..MountOptions::default()
+        };
+        let new =
+            mount::create(&options).map_err(|error| failed("make the FUSE mount")(error.into()))?;
         let armed = Arc::new(AtomicBool::new(false));
-        let audience = Audience { targets, armed: Arc::clone(&armed) };
+        let audience = Audience {
+            targets,
+            armed: Arc::clone(&armed),
+        };
         let config = Config {
             root: volume.clone_tree()?,
             native: Some(volume.native()?),
@@ -125,20 +162,25 @@ impl Hook {
             caching: Caching::NONE,
             passthrough: mask.contains(Features::PASSTHROUGH),
         };
-        let mirror = Mirror::new(config, Arc::new(audience)).map_err(|error| failed("make the mirror")(error.into()))?;
+        let mirror = Mirror::new(config, Arc::new(audience))
+            .map_err(|error| failed("make the mirror")(error.into()))?;
         let serving = hobble_fuse::Config {
             features: Mirror::features(),
             mask,
             max_stack_depth: volume.stack_depth() + 1,
             ..hobble_fuse::Config::default()
         };
-        let server = Server::start(new.device, Arc::new(mirror.clone()), &serving).map_err(|error| failed("serve the mirror")(error.into()))?;
+        let server = Server::start(new.device, Arc::new(mirror.clone()), &serving)
+            .map_err(|error| failed("serve the mirror")(error.into()))?;
         let connection = new.connection;
         Ok(Self {
             server,
             mirror,
             mount: Some(new.mount),
-            device: Device { major: 0, minor: connection.number() },
+            device: Device {
+                major: 0,
+                minor: connection.number(),
+            },
             armed,
             placed: None,
             source: source(id),
@@ -209,9 +251,16 @@ impl Hook {
         self.mirror.quiesce(false);
     }
 
-    fn stand_in(&self, original: OwnedFd, adoption: Adoption) -> std::io::Result<(AdoptedId, OwnedFd)> {
+    fn stand_in(
+        &self,
+        original: OwnedFd,
+        adoption: Adoption,
+    ) -> std::io::Result<(AdoptedId, OwnedFd)> {
         let id = self.mirror.adopt(original, adoption)?;
-        match self.mount().and_then(|mount| self.mirror.stand_in(mount, id)) {
+        match self
+            .mount()
+            .and_then(|mount| self.mirror.stand_in(mount, id))
+        {
             Ok(stand_in) => Ok((id, stand_in)),
             Err(error) => {
                 self.mirror.disown(id);
@@ -231,7 +280,11 @@ impl Hook {
     }
 
     /// Opens what replaces a description; gives the number of our own descriptor that keeps the original, and the name it is kept under.
-    pub(crate) fn stand_in_for(&self, description: &Description, pid: u32) -> std::io::Result<(i32, AdoptedId, OwnedFd)> {
+    pub(crate) fn stand_in_for(
+        &self,
+        description: &Description,
+        pid: u32,
+    ) -> std::io::Result<(i32, AdoptedId, OwnedFd)> {
         let original = description.kept.try_clone()?;
         let number = original.as_raw_fd();
         let ofd_locks = description
@@ -240,13 +293,20 @@ impl Hook {
             .filter(|held| held.lock.class == LockClass::Ofd)
             .filter_map(|held| range_lock(&held.lock))
             .collect();
-        let (id, stand_in) = self.stand_in(original, self.adoption(&description.facts, pid, ofd_locks))?;
+        let (id, stand_in) =
+            self.stand_in(original, self.adoption(&description.facts, pid, ofd_locks))?;
         Ok((number, id, stand_in))
     }
 
     /// Opens what replaces the file of a mapping. The mapping itself keeps the file, so nothing is kept here.
-    pub(crate) fn stand_in_for_mapping(&self, file: &MappedFile) -> std::io::Result<(AdoptedId, OwnedFd)> {
-        let (id, stand_in) = self.stand_in(file.kept.try_clone()?, self.adoption(&file.facts, 0, Vec::new()))?;
+    pub(crate) fn stand_in_for_mapping(
+        &self,
+        file: &MappedFile,
+    ) -> std::io::Result<(AdoptedId, OwnedFd)> {
+        let (id, stand_in) = self.stand_in(
+            file.kept.try_clone()?,
+            self.adoption(&file.facts, 0, Vec::new()),
+        )?;
         // The target receives it, maps it and closes it again, which must not give up the locks that the target holds on the same file.
         if let Some(handle) = self.mirror.identify(stand_in.as_fd())?.handle {
             self.mirror.supersede(&[handle], true);
@@ -255,34 +315,54 @@ impl Hook {
     }
 
     /// Opens what replaces a working or root directory.
-    pub(crate) fn stand_in_for_directory(&self, directory: &Directory) -> std::io::Result<(AdoptedId, OwnedFd)> {
-        self.stand_in(directory.kept.try_clone()?, self.adoption(&directory.facts, 0, Vec::new()))
+    pub(crate) fn stand_in_for_directory(
+        &self,
+        directory: &Directory,
+    ) -> std::io::Result<(AdoptedId, OwnedFd)> {
+        self.stand_in(
+            directory.kept.try_clone()?,
+            self.adoption(&directory.facts, 0, Vec::new()),
+        )
     }
 
     /// Puts the mount over the volume. What remains if we die: the mount, served by nobody until the holder's successor or `hobble recover` takes it away.
     pub(crate) fn place(&mut self, record: PropagationRecord) -> Result<(), AttachError> {
-        let mount = self.mount().map_err(|error| AttachError::io(Step::Mount, "place the hook", error))?;
+        let mount = self
+            .mount()
+            .map_err(|error| AttachError::io(Step::Mount, "place the hook", error))?;
         self.placed = Some(self.volume.place(mount, record)?);
         Ok(())
     }
 
     /// Lets names below the volume ([`Volume::through`]) show through the hook. Says which could not be.
     pub(crate) fn bind_through(&self, names: Vec<PathBuf>) -> Vec<(PathBuf, MountsError)> {
-        let Some(placed) = self.placed.as_ref() else { return Vec::new() };
-        let bind = |name: PathBuf| placed.bind_through(&name, BIND_WITHIN).err().map(|error| (name, error));
+        let Some(placed) = self.placed.as_ref() else {
+            return Vec::new();
+        };
+        let bind = |name: PathBuf| {
+            placed
+                .bind_through(&name, BIND_WITHIN)
+                .err()
+                .map(|error| (name, error))
+        };
         names.into_iter().filter_map(bind).collect()
     }
 
     /// Takes the mount away again, wherever it got to.
     pub(crate) fn remove(&mut self) -> Result<(), AttachError> {
-        self.placed.take().map_or(Ok(()), |placed| volume::remove(placed, &self.source))
+        self.placed
+            .take()
+            .map_or(Ok(()), |placed| volume::remove(placed, &self.source))
     }
 
     /// Whether somebody has removed the mount behind our back; looked for once a second.
     pub(crate) fn is_lost(&mut self) -> bool {
         if self.looked.elapsed() >= LOOK_EVERY {
             self.looked = Instant::now();
-            self.lost = self.placed.as_ref().is_some_and(|placed| !Volume::is_in_place(placed));
+            self.lost = self
+                .placed
+                .as_ref()
+                .is_some_and(|placed| !Volume::is_in_place(placed));
         }
         self.lost
     }
@@ -304,7 +384,10 @@ impl Hook {
 
     /// A descriptor of the mount, for walking below it from a thread that serves nothing.
     fn mount(&self) -> std::io::Result<BorrowedFd<'_>> {
-        self.mount.as_ref().map(OwnedFd::as_fd).ok_or_else(|| std::io::ErrorKind::NotConnected.into())
+        self.mount
+            .as_ref()
+            .map(OwnedFd::as_fd)
+            .ok_or_else(|| std::io::ErrorKind::NotConnected.into())
     }
 
     /// Closes our own descriptor of the mount: the kernel ends the connection when nobody else holds anything on it.
@@ -320,10 +403,16 @@ pub(crate) fn range_lock(lock: &hobble_graft::proc::locks::FileLock) -> Option<R
         LockKind::Write => locks::LockKind::Write,
         _ => return None,
     };
-    Some(RangeLock { kind, range: lock_range(lock) })
+    Some(RangeLock {
+        kind,
+        range: lock_range(lock),
+    })
 }
 
 /// A range as the mirror counts it.
 pub(crate) fn lock_range(lock: &hobble_graft::proc::locks::FileLock) -> LockRange {
-    LockRange { start: lock.start, end: lock.end.unwrap_or(LockRange::OPEN_END) }
+    LockRange {
+        start: lock.start,
+        end: lock.end.unwrap_or(LockRange::OPEN_END),
+    }
 }

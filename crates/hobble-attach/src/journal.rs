@@ -210,9 +210,13 @@ mod bytes {
         }
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<u8>, D::Error> {
         let text = String::deserialize(deserializer)?;
-        let Some(hex) = text.strip_prefix('\0') else { return Ok(text.into_bytes()) };
+        let Some(hex) = text.strip_prefix('\0') else {
+            return Ok(text.into_bytes());
+        };
         hex.as_bytes()
             .chunks(2)
             .map(|pair| {
@@ -276,17 +280,28 @@ impl Journal {
 
     /// Appends one record; when this returns an error the step it announces must not be taken.
     pub(crate) fn append(&mut self, record: &Record) -> Result<(), JournalError> {
-        let json = serde_json::to_string(record).map_err(|e| JournalError::Io { op: "encode a record for", source: e.into() })?;
+        let json = serde_json::to_string(record).map_err(|e| JournalError::Io {
+            op: "encode a record for",
+            source: e.into(),
+        })?;
         let line = format!("{:08x} {json}\n", crc32(json.as_bytes()));
         // One write() to an O_APPEND file: a death in between leaves at most one line without its newline.
-        self.file.write_all(line.as_bytes()).map_err(|source| JournalError::Io { op: "write", source })
+        self.file
+            .write_all(line.as_bytes())
+            .map_err(|source| JournalError::Io {
+                op: "write",
+                source,
+            })
     }
 }
 
 /// Everything a journal says, in order.
 pub(crate) fn read(file: File) -> Result<Vec<Record>, JournalError> {
     let mut text = Vec::new();
-    let size = file.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(|source| JournalError::Io { op: "read", source })?;
+    let size = file
+        .take(MAX_BYTES + 1)
+        .read_to_end(&mut text)
+        .map_err(|source| JournalError::Io { op: "read", source })?;
     if size as u64 > MAX_BYTES {
         return Err(JournalError::TooLarge { limit: MAX_BYTES });
     }
@@ -300,7 +315,10 @@ pub(crate) fn parse(text: &[u8]) -> Result<Vec<Record>, JournalError> {
     // What follows the last newline was being written when its writer died.
     lines.pop();
     for (index, line) in lines.into_iter().enumerate() {
-        let damaged = |problem: String| JournalError::Damaged { line: index + 1, problem };
+        let damaged = |problem: String| JournalError::Damaged {
+            line: index + 1,
+            problem,
+        };
         let (sum, json) = line
             .split_at_checked(9)
             .filter(|(sum, _)| sum.last() == Some(&b' '))
@@ -316,12 +334,21 @@ pub(crate) fn parse(text: &[u8]) -> Result<Vec<Record>, JournalError> {
         let record: Record = serde_json::from_slice(json).map_err(|e| damaged(e.to_string()))?;
         let first = index == 0;
         if first != matches!(record, Record::Opened { .. }) {
-            return Err(damaged(if first { "the first record must open the journal" } else { "the journal is opened twice" }.into()));
+            return Err(damaged(
+                if first {
+                    "the first record must open the journal"
+                } else {
+                    "the journal is opened twice"
+                }
+                .into(),
+            ));
         }
         if let Record::Opened { v, .. } = &record
             && *v != 1
         {
-            return Err(damaged(format!("format version {v} is not known to this version of Hobble")));
+            return Err(damaged(format!(
+                "format version {v} is not known to this version of Hobble"
+            )));
         }
         records.push(record);
     }
@@ -334,7 +361,11 @@ fn crc32(bytes: &[u8]) -> u32 {
     for byte in bytes {
         crc ^= u32::from(*byte);
         for _ in 0..8 {
-            crc = if crc & 1 == 1 { (crc >> 1) ^ 0xedb8_8320 } else { crc >> 1 };
+            crc = if crc & 1 == 1 {
+                (crc >> 1) ^ 0xedb8_8320
+            } else {
+                crc >> 1
+            };
         }
     }
     !crc
@@ -346,12 +377,34 @@ mod tests {
     use proptest::prelude::*;
 
     fn sample() -> Vec<Record> {
-        let who = Who { pid: 42, start: 4711 };
+        let who = Who {
+            pid: 42,
+            start: 4711,
+        };
         vec![
-            Record::Opened { v: 1, id: "abcd".into(), boot_id: "b".into(), created: 1 },
+            Record::Opened {
+                v: 1,
+                id: "abcd".into(),
+                boot_id: "b".into(),
+                created: 1,
+            },
             Record::Holder(who),
-            Record::Attachment { target: who, scope: "tree".into(), mount_ns: 1, path: b"/data/\xff".to_vec(), hook_dev: 7, backing_dev: 8 },
-            Record::Keeping { kept: vec![Kept { holder_fd: 9, dev: 1, ino: 2, places: vec![Place { who, fd: 3 }] }] },
+            Record::Attachment {
+                target: who,
+                scope: "tree".into(),
+                mount_ns: 1,
+                path: b"/data/\xff".to_vec(),
+                hook_dev: 7,
+                backing_dev: 8,
+            },
+            Record::Keeping {
+                kept: vec![Kept {
+                    holder_fd: 9,
+                    dev: 1,
+                    ino: 2,
+                    places: vec![Place { who, fd: 3 }],
+                }],
+            },
             Record::Attached,
         ]
     }
@@ -359,7 +412,13 @@ mod tests {
     fn written(records: &[Record]) -> Vec<u8> {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join("journal");
-        let mut journal = Journal::new(File::options().append(true).create(true).open(&path).expect("open"));
+        let mut journal = Journal::new(
+            File::options()
+                .append(true)
+                .create(true)
+                .open(&path)
+                .expect("open"),
+        );
         for record in records {
             journal.append(record).expect("append");
         }
@@ -379,10 +438,16 @@ mod tests {
     #[test]
     fn a_cut_last_line_is_forgiven_and_a_cut_middle_is_not() {
         let text = written(&sample());
-        assert_eq!(parse(&text[..text.len() - 5]).expect("parse").len(), sample().len() - 1);
+        assert_eq!(
+            parse(&text[..text.len() - 5]).expect("parse").len(),
+            sample().len() - 1
+        );
         let mut holed = text.clone();
         holed.drain(20..40);
-        assert!(matches!(parse(&holed), Err(JournalError::Damaged { line: 1, .. })));
+        assert!(matches!(
+            parse(&holed),
+            Err(JournalError::Damaged { line: 1, .. })
+        ));
     }
 
     #[test]

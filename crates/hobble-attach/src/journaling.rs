@@ -16,10 +16,16 @@ impl StepLog for Steps<'_> {
     fn step(&mut self, step: &Step) -> io::Result<()> {
         let record = match step {
             Step::Borrow(residue) => Record::Residue {
-                who: Who { pid: residue.pid, start: residue.start_time },
+                who: Who {
+                    pid: residue.pid,
+                    start: residue.start_time,
+                },
                 what: serde_json::to_value(residue).map_err(io::Error::other)?,
             },
-            Step::RaiseLimit { pid, soft, .. } => Record::Limit { pid: *pid, soft: *soft },
+            Step::RaiseLimit { pid, soft, .. } => Record::Limit {
+                pid: *pid,
+                soft: *soft,
+            },
             // What refers to what is found exactly by a census; these would only repeat it roughly.
             _ => return Ok(()),
         };

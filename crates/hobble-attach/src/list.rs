@@ -27,7 +27,9 @@ pub fn ids(state_dir: &Path) -> Result<Vec<String>, AttachError> {
     }
     StateDir::open(state_dir, false)
         .and_then(|state| state.ids())
-        .map_err(|error| AttachError::new(Step::Control, "the attachments cannot be listed").because(error))
+        .map_err(|error| {
+            AttachError::new(Step::Control, "the attachments cannot be listed").because(error)
+        })
 }
 
 /// Every attachment with its status.
@@ -38,7 +40,9 @@ pub fn list(state_dir: &Path) -> Result<Vec<Listed>, AttachError> {
     Ok(ids(state_dir)?
         .into_iter()
         .map(|id| {
-            let status = Client::open(state_dir, &id).and_then(|mut client| client.status()).map(Box::new);
+            let status = Client::open(state_dir, &id)
+                .and_then(|mut client| client.status())
+                .map(Box::new);
             Listed { id, status }
         })
         .collect())

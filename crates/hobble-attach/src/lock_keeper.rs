@@ -33,7 +33,13 @@ impl<'a> Inwards<'a> {
         adopted: &'a BTreeMap<DescriptionId, AdoptedId>,
         handles: &'a BTreeMap<(u64, u64), Vec<HandleId>>,
     ) -> Self {
-        Self { hook, adopted, handles, census, open: BTreeMap::new() }
+        Self {
+            hook,
+            adopted,
+            handles,
+            census,
+            open: BTreeMap::new(),
+        }
     }
 
     /// The locks that are about to be handed over, for the journal.
@@ -42,8 +48,17 @@ impl<'a> Inwards<'a> {
         for description in census.descriptions() {
             for held in &description.locks {
                 let Some(table) = held.table else { continue };
-                let member = census.tables().iter().find(|known| known.id == table).and_then(|known| known.members.first());
-                let process = member.and_then(|member| census.processes().iter().find(|process| process.id.pid == member.pid));
+                let member = census
+                    .tables()
+                    .iter()
+                    .find(|known| known.id == table)
+                    .and_then(|known| known.members.first());
+                let process = member.and_then(|member| {
+                    census
+                        .processes()
+                        .iter()
+                        .find(|process| process.id.pid == member.pid)
+                });
                 let Some(process) = process else { continue };
                 let lock = PosixLock {
                     who: crate::attaching::who(process.id),
@@ -63,13 +78,22 @@ impl<'a> Inwards<'a> {
     }
 
     fn file(&self, lock: &MovedLock) -> Option<(u64, u64)> {
-        self.census.description(lock.description).map(|description| (description.facts.device.raw(), description.facts.inode))
+        self.census
+            .description(lock.description)
+            .map(|description| (description.facts.device.raw(), description.facts.inode))
     }
 
     /// The processes that share a descriptor table, and so its POSIX locks.
     fn processes(&self, table: TableId) -> Vec<u32> {
-        let members = self.census.tables().iter().filter(|known| known.id == table).flat_map(|known| &known.members);
-        let mut pids: Vec<u32> = members.filter_map(|member| u32::try_from(member.pid.as_raw()).ok()).collect();
+        let members = self
+            .census
+            .tables()
+            .iter()
+            .filter(|known| known.id == table)
+            .flat_map(|known| &known.members);
+        let mut pids: Vec<u32> = members
+            .filter_map(|member| u32::try_from(member.pid.as_raw()).ok())
+            .collect();
         pids.dedup();
         pids
     }
@@ -80,7 +104,10 @@ impl<'a> Inwards<'a> {
 
     /// Ends all handovers: what the target has set through the new descriptors stays. Called when the exchange has succeeded.
     pub(crate) fn finish(self) -> usize {
-        self.open.into_values().map(|handover| handover.finish().len()).sum()
+        self.open
+            .into_values()
+            .map(|handover| handover.finish().len())
+            .sum()
     }
 }
 
@@ -88,8 +115,13 @@ impl LockHandover for Inwards<'_> {
     fn before(&mut self, locks: &[MovedLock], way: Way) -> io::Result<()> {
         if way == Way::Back {
             // The target gets its own locks back, which read locks of ours do not keep it from.
-            for lock in locks.iter().filter(|lock| lock.lock.kind == LockKind::Write) {
-                let Some((dev, ino)) = self.file(lock) else { continue };
+            for lock in locks
+                .iter()
+                .filter(|lock| lock.lock.kind == LockKind::Write)
+            {
+                let Some((dev, ino)) = self.file(lock) else {
+                    continue;
+                };
                 if let Some(handover) = self.open.get(&(lock.table, dev, ino)) {
                     handover.take_read(lock_range(&lock.lock))?;
                 }
@@ -97,16 +129,29 @@ impl LockHandover for Inwards<'_> {
             return Ok(());
         }
         for lock in locks {
-            let (dev, ino) = self.file(lock).ok_or_else(|| Self::missing("a lock on a file that is not moved"))?;
+            let (dev, ino) = self
+                .file(lock)
+                .ok_or_else(|| Self::missing("a lock on a file that is not moved"))?;
             let key = (lock.table, dev, ino);
             if !self.open.contains_key(&key) {
-                let adopted = self.adopted.get(&lock.description).ok_or_else(|| Self::missing("a lock on a description without a stand-in"))?;
+                let adopted = self
+                    .adopted
+                    .get(&lock.description)
+                    .ok_or_else(|| Self::missing("a lock on a description without a stand-in"))?;
                 let mut handover = self.hook.mirror().begin_handover(*adopted)?;
                 handover.limit_to(&self.processes(lock.table));
-                handover.accept(self.handles.get(&(dev, ino)).map(Vec::as_slice).unwrap_or_default());
+                handover.accept(
+                    self.handles
+                        .get(&(dev, ino))
+                        .map(Vec::as_slice)
+                        .unwrap_or_default(),
+                );
                 self.open.insert(key, handover);
             }
-            let handover = self.open.get(&key).ok_or_else(|| Self::missing("a handover that was just begun"))?;
+            let handover = self
+                .open
+                .get(&key)
+                .ok_or_else(|| Self::missing("a handover that was just begun"))?;
             if lock.is_readable {
                 handover.take_read(lock_range(&lock.lock))?;
             }
@@ -116,10 +161,16 @@ impl LockHandover for Inwards<'_> {
 
     fn after(&mut self, locks: &[MovedLock], way: Way) -> io::Result<()> {
         for lock in locks {
-            let Some((dev, ino)) = self.file(lock) else { continue };
-            let Some(handover) = self.open.get(&(lock.table, dev, ino)) else { continue };
+            let Some((dev, ino)) = self.file(lock) else {
+                continue;
+            };
+            let Some(handover) = self.open.get(&(lock.table, dev, ino)) else {
+                continue;
+            };
             match way {
-                Way::There if lock.lock.kind == LockKind::Write => handover.upgrade(lock_range(&lock.lock))?,
+                Way::There if lock.lock.kind == LockKind::Write => {
+                    handover.upgrade(lock_range(&lock.lock))?
+                }
                 Way::There => {}
                 Way::Back => handover.give_up(lock_range(&lock.lock))?,
             }
@@ -136,7 +187,10 @@ pub(crate) struct Outwards<'a> {
 }
 
 impl<'a> Outwards<'a> {
-    pub(crate) fn new(hook: &'a Hook, owners: &'a BTreeMap<(TableId, DescriptionId), OwnerId>) -> Self {
+    pub(crate) fn new(
+        hook: &'a Hook,
+        owners: &'a BTreeMap<(TableId, DescriptionId), OwnerId>,
+    ) -> Self {
         Self { hook, owners }
     }
 
@@ -157,7 +211,9 @@ impl LockHandover for Outwards<'_> {
     fn before(&mut self, locks: &[MovedLock], _way: Way) -> io::Result<()> {
         // Both ways: read locks of ours stand in the way of nobody's read locks.
         let owners = self.each(locks);
-        self.hook.mirror().with_locks(|held| owners.iter().try_for_each(|owner| held.downgrade(*owner)))
+        self.hook
+            .mirror()
+            .with_locks(|held| owners.iter().try_for_each(|owner| held.downgrade(*owner)))
     }
 
     fn after(&mut self, locks: &[MovedLock], way: Way) -> io::Result<()> {

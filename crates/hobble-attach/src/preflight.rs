@@ -45,12 +45,29 @@ impl Reasons {
         self.refuse_with(code, text, hint, ExitCode::Failed);
     }
 
-    fn refuse_with(&mut self, code: &str, text: impl Into<String>, hint: Option<&str>, exit: ExitCode) {
-        self.refuse.push((Reason { code: code.to_owned(), text: text.into(), hint: hint.map(str::to_owned) }, exit));
+    fn refuse_with(
+        &mut self,
+        code: &str,
+        text: impl Into<String>,
+        hint: Option<&str>,
+        exit: ExitCode,
+    ) {
+        self.refuse.push((
+            Reason {
+                code: code.to_owned(),
+                text: text.into(),
+                hint: hint.map(str::to_owned),
+            },
+            exit,
+        ));
     }
 
     fn degrade(&mut self, code: &str, text: impl Into<String>, hint: Option<&str>) {
-        let reason = Reason { code: code.to_owned(), text: text.into(), hint: hint.map(str::to_owned) };
+        let reason = Reason {
+            code: code.to_owned(),
+            text: text.into(),
+            hint: hint.map(str::to_owned),
+        };
         if !self.degraded.contains(&reason) {
             self.degraded.push(reason);
         }
@@ -63,16 +80,35 @@ impl Reasons {
 /// When the process does not exist; everything else is a reason in the answer.
 pub fn preflight(options: &InjectOptions) -> Result<Preflight, AttachError> {
     let start = inspect::start_time(options.pid)?;
-    Ok(survey(options.pid, start, options.scope, &options.path, &options.state_dir)?.preflight)
+    Ok(survey(
+        options.pid,
+        start,
+        options.scope,
+        &options.path,
+        &options.state_dir,
+    )?
+    .preflight)
 }
 
 /// The survey that pre-flight and the engine share.
-pub(crate) fn survey(pid: i32, start: u64, scope: Scope, path: &Path, state_dir: &Path) -> Result<Survey, AttachError> {
+pub(crate) fn survey(
+    pid: i32,
+    start: u64,
+    scope: Scope,
+    path: &Path,
+    state_dir: &Path,
+) -> Result<Survey, AttachError> {
     let mut reasons = Reasons::default();
     machine(&mut reasons);
     let target = Pid::new(pid)
-        .map(|pid| ProcessId { pid, start_time: start })
-        .ok_or_else(|| AttachError::new(Step::Preflight, format!("{pid} is not a process id")).exiting(ExitCode::Usage))?;
+        .map(|pid| ProcessId {
+            pid,
+            start_time: start,
+        })
+        .ok_or_else(|| {
+            AttachError::new(Step::Preflight, format!("{pid} is not a process id"))
+                .exiting(ExitCode::Usage)
+        })?;
     fitness(target, true, &mut reasons);
     let mut volume = None;
     let mut census = None;
@@ -80,13 +116,21 @@ pub(crate) fn survey(pid: i32, start: u64, scope: Scope, path: &Path, state_dir:
         match Volume::resolve(target, path) {
             Ok(found) => {
                 found.objections(state_dir, |code, text, hint, refuse| {
-                    if refuse { reasons.refuse(code, text, hint) } else { reasons.degrade(code, text, hint) }
+                    if refuse {
+                        reasons.refuse(code, text, hint)
+                    } else {
+                        reasons.degrade(code, text, hint)
+                    }
                 });
                 volume = Some(found);
             }
             Err(error) => {
                 let chain = error.cause_chain();
-                let text = if chain.is_empty() { error.to_string() } else { format!("{error}: {chain}") };
+                let text = if chain.is_empty() {
+                    error.to_string()
+                } else {
+                    format!("{error}: {chain}")
+                };
                 reasons.refuse_with("path", text, error.hint(), error.exit_code());
             }
         }
@@ -103,11 +147,18 @@ pub(crate) fn survey(pid: i32, start: u64, scope: Scope, path: &Path, state_dir:
                 holdings(&taken, volume, &mut reasons);
                 census = Some(taken);
             }
-            Err(error) => reasons.refuse("census", format!("the target cannot be looked into: {}", chain(&error)), None),
+            Err(error) => reasons.refuse(
+                "census",
+                format!("the target cannot be looked into: {}", chain(&error)),
+                None,
+            ),
         }
     }
     let affected = census.as_ref().map(affected).unwrap_or_default();
-    let steps = volume.as_ref().map(|volume| plan(volume, &affected, scope)).unwrap_or_default();
+    let steps = volume
+        .as_ref()
+        .map(|volume| plan(volume, &affected, scope))
+        .unwrap_or_default();
     let exit = exit_of(&reasons.refuse).unwrap_or(ExitCode::Failed);
     let refusal = reasons.refuse.first().map(|(reason, _)| {
         let error = AttachError::new(Step::Preflight, reason.text.clone()).exiting(exit);
@@ -121,8 +172,23 @@ pub(crate) fn survey(pid: i32, start: u64, scope: Scope, path: &Path, state_dir:
         (true, false) => Verdict::Degraded,
         (true, true) => Verdict::Ok,
     };
-    let list = reasons.refuse.into_iter().map(|(reason, _)| reason).chain(reasons.degraded).collect();
-    Ok(Survey { preflight: Preflight { verdict, reasons: list, steps, processes: affected }, volume, census, refusal })
+    let list = reasons
+        .refuse
+        .into_iter()
+        .map(|(reason, _)| reason)
+        .chain(reasons.degraded)
+        .collect();
+    Ok(Survey {
+        preflight: Preflight {
+            verdict,
+            reasons: list,
+            steps,
+            processes: affected,
+        },
+        volume,
+        census,
+        refusal,
+    })
 }
 
 /// An error with everything below it, on one line.
@@ -140,11 +206,22 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 fn machine(reasons: &mut Reasons) {
     let missing = inspect::missing_capabilities();
     if !missing.is_empty() {
-        let list: Vec<String> = missing.iter().map(|(name, why)| format!("{name} ({why})")).collect();
-        reasons.refuse("capabilities", format!("missing capabilities: {}", list.join(", ")), Some("run hobble as root"));
+        let list: Vec<String> = missing
+            .iter()
+            .map(|(name, why)| format!("{name} ({why})"))
+            .collect();
+        reasons.refuse(
+            "capabilities",
+            format!("missing capabilities: {}", list.join(", ")),
+            Some("run hobble as root"),
+        );
     }
     if inspect::kernel_version().is_some_and(|version| version < (5, 6)) {
-        reasons.refuse("kernel", "the kernel lacks pidfd_getfd(2) and openat2(2)", Some("Linux 5.6 or later is needed"));
+        reasons.refuse(
+            "kernel",
+            "the kernel lacks pidfd_getfd(2) and openat2(2)",
+            Some("Linux 5.6 or later is needed"),
+        );
     }
     if !missing.is_empty() {
         return;
@@ -162,8 +239,14 @@ fn machine(reasons: &mut Reasons) {
 
 /// The exit code of a refusal: that the target has gone matters more than what else is wrong.
 fn exit_of(refusals: &[(Reason, ExitCode)]) -> Option<ExitCode> {
-    let vanished = refusals.iter().any(|(_, exit)| *exit == ExitCode::TargetVanished);
-    if vanished { Some(ExitCode::TargetVanished) } else { refusals.first().map(|(_, exit)| *exit) }
+    let vanished = refusals
+        .iter()
+        .any(|(_, exit)| *exit == ExitCode::TargetVanished);
+    if vanished {
+        Some(ExitCode::TargetVanished)
+    } else {
+        refusals.first().map(|(_, exit)| *exit)
+    }
 }
 
 /// Whether a process can be stopped and worked on.
@@ -173,21 +256,41 @@ fn fitness(process: ProcessId, named: bool, reasons: &mut Reasons) {
         Ok(condition) => condition,
         Err(error) if error.is_gone() => {
             if named {
-                reasons.refuse_with("gone", format!("process {pid} has exited"), None, ExitCode::TargetVanished);
+                reasons.refuse_with(
+                    "gone",
+                    format!("process {pid} has exited"),
+                    None,
+                    ExitCode::TargetVanished,
+                );
             }
             return;
         }
-        Err(error) => return reasons.refuse("inspect", format!("process {pid} cannot be looked at: {}", chain(&error)), None),
+        Err(error) => {
+            return reasons.refuse(
+                "inspect",
+                format!("process {pid} cannot be looked at: {}", chain(&error)),
+                None,
+            );
+        }
     };
     let comm = inspect::comm(pid.as_raw());
     let who = format!("process {pid} ({comm})");
     if condition.is_kernel_thread {
-        return reasons.refuse("kernel_thread", format!("{who} is a thread of the kernel"), None);
+        return reasons.refuse(
+            "kernel_thread",
+            format!("{who} is a thread of the kernel"),
+            None,
+        );
     }
     if condition.is_zombie || condition.is_exiting {
         if named {
             let hint = "it has no files any more; its parent has only to wait for it";
-            reasons.refuse_with("zombie", format!("{who} has ended and is a zombie"), Some(hint), ExitCode::TargetVanished);
+            reasons.refuse_with(
+                "zombie",
+                format!("{who} has ended and is a zombie"),
+                Some(hint),
+                ExitCode::TargetVanished,
+            );
         }
         return;
     }
@@ -198,18 +301,33 @@ fn fitness(process: ProcessId, named: bool, reasons: &mut Reasons) {
         let tracer = tracer.as_raw();
         reasons.refuse(
             "traced",
-            format!("{who} is already traced by process {tracer} ({})", inspect::comm(tracer)),
+            format!(
+                "{who} is already traced by process {tracer} ({})",
+                inspect::comm(tracer)
+            ),
             Some("end the debugger, strace or other attachment first"),
         );
     }
     if condition.word_size == Some(WordSize::Bits32) {
-        reasons.refuse("word_size", format!("{who} is a 32-bit program, which cannot be moved"), None);
+        reasons.refuse(
+            "word_size",
+            format!("{who} is a 32-bit program, which cannot be moved"),
+            None,
+        );
     }
     if condition.is_frozen == Some(true) {
-        reasons.refuse("frozen", format!("{who} is frozen by its cgroup and cannot be stopped for the exchange"), Some("thaw the cgroup first"));
+        reasons.refuse(
+            "frozen",
+            format!("{who} is frozen by its cgroup and cannot be stopped for the exchange"),
+            Some("thaw the cgroup first"),
+        );
     }
     if condition.is_stopped {
-        reasons.degrade("stopped", format!("{who} is stopped; it stays so"), Some("kill -CONT lets it go on"));
+        reasons.degrade(
+            "stopped",
+            format!("{who} is stopped; it stays so"),
+            Some("kill -CONT lets it go on"),
+        );
     }
     if condition.status.seccomp != Seccomp::Disabled && inspect::under_seccomp() {
         reasons.refuse(
@@ -223,7 +341,8 @@ fn fitness(process: ProcessId, named: bool, reasons: &mut Reasons) {
 /// What the target holds that cannot be moved, or only with losses.
 fn holdings(census: &Census, volume: &Volume, reasons: &mut Reasons) {
     // Each moved description: the census's copy, the one that is kept, and the stand-in; fewer as soon as the target goes on.
-    let needed = (census.descriptions().len() + census.mapped_files().len()) as u64 * 3 + OWN_DESCRIPTORS;
+    let needed =
+        (census.descriptions().len() + census.mapped_files().len()) as u64 * 3 + OWN_DESCRIPTORS;
     if let Some(limit) = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum
         && needed > limit
     {
@@ -254,24 +373,50 @@ fn holdings(census: &Census, volume: &Volume, reasons: &mut Reasons) {
 }
 
 /// A short name and a sentence for something that is not moved; no sentence when it does not concern the volume.
-pub(crate) fn describe(not_covered: &NotCovered, volume: &Volume) -> (&'static str, Option<String>) {
+pub(crate) fn describe(
+    not_covered: &NotCovered,
+    volume: &Volume,
+) -> (&'static str, Option<String>) {
     match not_covered {
-        NotCovered::InFlight { fd, descriptors, .. } => {
-            ("in_flight", Some(format!("{descriptors} descriptors wait unreceived in socket {fd}; should they be of the volume, they arrive native")))
-        }
-        NotCovered::IoUring { fd, files, .. } => {
-            ("io_uring", Some(format!("io_uring {fd} has {files} registered files, which stay native; operations through descriptors are covered")))
-        }
-        NotCovered::Aio { .. } => ("aio", Some("kernel AIO is in use: operations in flight finish on the native file".to_owned())),
-        NotCovered::Lease { .. } => ("lease", Some("a lease is held, which a file on the hook cannot have".to_owned())),
+        NotCovered::InFlight {
+            fd, descriptors, ..
+        } => (
+            "in_flight",
+            Some(format!(
+                "{descriptors} descriptors wait unreceived in socket {fd}; should they be of the volume, they arrive native"
+            )),
+        ),
+        NotCovered::IoUring { fd, files, .. } => (
+            "io_uring",
+            Some(format!(
+                "io_uring {fd} has {files} registered files, which stay native; operations through descriptors are covered"
+            )),
+        ),
+        NotCovered::Aio { .. } => (
+            "aio",
+            Some("kernel AIO is in use: operations in flight finish on the native file".to_owned()),
+        ),
+        NotCovered::Lease { .. } => (
+            "lease",
+            Some("a lease is held, which a file on the hook cannot have".to_owned()),
+        ),
         NotCovered::Inotify { fd, watches, .. } => {
-            let here = watches.iter().filter(|(device, _)| volume.is_on(*device)).count();
+            let here = watches
+                .iter()
+                .filter(|(device, _)| volume.is_on(*device))
+                .count();
             ("inotify", (here > 0).then(|| format!("inotify {fd} has {here} watches on the volume's filesystem; they see what reaches the backing files")))
         }
-        NotCovered::Fanotify { fd, .. } => ("fanotify", Some(format!("fanotify {fd} sees what reaches the backing files"))),
-        NotCovered::Executable { process, .. } => {
-            ("executable", Some(format!("the program of process {process} lies in the volume; /proc/{process}/exe stays native")))
-        }
+        NotCovered::Fanotify { fd, .. } => (
+            "fanotify",
+            Some(format!("fanotify {fd} sees what reaches the backing files")),
+        ),
+        NotCovered::Executable { process, .. } => (
+            "executable",
+            Some(format!(
+                "the program of process {process} lies in the volume; /proc/{process}/exe stays native"
+            )),
+        ),
         _ => ("other", None),
     }
 }
@@ -280,16 +425,36 @@ fn affected(census: &Census) -> Vec<AffectedProcess> {
     let mut by_pid: BTreeMap<Pid, AffectedProcess> = BTreeMap::new();
     for process in census.processes() {
         let pid = process.id.pid;
-        let leader = process.threads.iter().find(|thread| thread.tid.as_raw() == pid.as_raw()).or(process.threads.first());
-        let places = leader.map(|thread| census.places_in(thread.table)).unwrap_or_default();
+        let leader = process
+            .threads
+            .iter()
+            .find(|thread| thread.tid.as_raw() == pid.as_raw())
+            .or(process.threads.first());
+        let places = leader
+            .map(|thread| census.places_in(thread.table))
+            .unwrap_or_default();
         let table = leader.map(|thread| thread.table);
         let locks = census
             .descriptions()
-            .filter(|description| description.places.iter().any(|place| Some(place.table) == table))
-            .map(|description| description.locks.iter().filter(|held| held.table.is_none() || held.table == table).count() as u64)
+            .filter(|description| {
+                description
+                    .places
+                    .iter()
+                    .any(|place| Some(place.table) == table)
+            })
+            .map(|description| {
+                description
+                    .locks
+                    .iter()
+                    .filter(|held| held.table.is_none() || held.table == table)
+                    .count() as u64
+            })
             .sum();
-        let mappings =
-            census.spaces().iter().find(|space| space.id == process.space).map_or(0, |space| space.mappings.len() as u64);
+        let mappings = census
+            .spaces()
+            .iter()
+            .find(|space| space.id == process.space)
+            .map_or(0, |space| space.mappings.len() as u64);
         by_pid.insert(
             pid,
             AffectedProcess {
@@ -313,13 +478,22 @@ fn plan(volume: &Volume, affected: &[AffectedProcess], scope: Scope) -> Vec<Stri
     vec![
         "open a journal in the state directory".to_owned(),
         format!("serve a mirror of {name} on a FUSE mount that is attached nowhere yet"),
-        format!("open stand-ins for {descriptors} descriptors and {mappings} mappings while the target runs"),
-        format!("stop {} process{} ({})", affected.len(), if affected.len() == 1 { "" } else { "es" }, match scope {
-            Scope::Tree => "the process and its descendants",
-            Scope::Namespace => "everybody in the mount namespace",
-        }),
+        format!(
+            "open stand-ins for {descriptors} descriptors and {mappings} mappings while the target runs"
+        ),
+        format!(
+            "stop {} process{} ({})",
+            affected.len(),
+            if affected.len() == 1 { "" } else { "es" },
+            match scope {
+                Scope::Tree => "the process and its descendants",
+                Scope::Namespace => "everybody in the mount namespace",
+            }
+        ),
         format!("put the mount over {name} in the target's mount namespace"),
-        format!("exchange {descriptors} descriptors, {mappings} mappings, {locks} locks and the working directories below {name}"),
+        format!(
+            "exchange {descriptors} descriptors, {mappings} mappings, {locks} locks and the working directories below {name}"
+        ),
         "let the target go on, look for what was missed, turn the rules on".to_owned(),
     ]
 }

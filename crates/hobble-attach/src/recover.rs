@@ -15,7 +15,9 @@ use hobble_api::Timestamp;
 use hobble_api::event::{Event, EventKind, Recovered, Why};
 use hobble_api::exit::ExitCode;
 use hobble_api::status::NotCovered as NotCoveredStatus;
-use hobble_graft::census::{self, Access, Census, Description, DescriptionLock, FileFacts, TableId};
+use hobble_graft::census::{
+    self, Access, Census, Description, DescriptionLock, FileFacts, TableId,
+};
 use hobble_graft::ids::{Device, ProcessId};
 use hobble_graft::proc::locks::{FileLock, LockClass, LockKind};
 use hobble_graft::remote;
@@ -58,7 +60,12 @@ pub enum Which {
 ///
 /// # Errors
 /// The first failure; with [`Which::All`] the others are tried all the same.
-pub fn recover(state_dir: &Path, which: &Which, force: bool, each: &mut dyn FnMut(&Event)) -> Result<(), AttachError> {
+pub fn recover(
+    state_dir: &Path,
+    which: &Which,
+    force: bool,
+    each: &mut dyn FnMut(&Event),
+) -> Result<(), AttachError> {
     let ids = match which {
         Which::One(id) => vec![id.clone()],
         Which::All => crate::ids(state_dir)?,
@@ -76,14 +83,24 @@ pub fn recover(state_dir: &Path, which: &Which, force: bool, each: &mut dyn FnMu
     first
 }
 
-fn recover_one(state_dir: &Path, id: &str, force: bool, each: &mut dyn FnMut(&Event)) -> Result<(), AttachError> {
+fn recover_one(
+    state_dir: &Path,
+    id: &str,
+    force: bool,
+    each: &mut dyn FnMut(&Event),
+) -> Result<(), AttachError> {
     // Says what is wrong with the id or the directory.
     let dir = attachment(state_dir, id)?;
     if let Ok(mut client) = Client::connect(id, &dir.socket()) {
-        let since = Client::connect(id, &dir.socket()).and_then(|client| client.events(false, None)).map(last_number).unwrap_or(0);
+        let since = Client::connect(id, &dir.socket())
+            .and_then(|client| client.events(false, None))
+            .map(last_number)
+            .unwrap_or(0);
         match client.recover(force) {
             Ok(()) => {
-                if let Ok(mut events) = Client::connect(id, &dir.socket()).and_then(|client| client.events(false, Some(since))) {
+                if let Ok(mut events) = Client::connect(id, &dir.socket())
+                    .and_then(|client| client.events(false, Some(since)))
+                {
                     while let Ok(Some(event)) = events.next(Duration::from_secs(1)) {
                         each(&event);
                     }
@@ -110,7 +127,9 @@ fn last_number(mut events: crate::client::Events) -> u64 {
 fn attachment(state_dir: &Path, id: &str) -> Result<AttachmentDir, AttachError> {
     StateDir::open(state_dir, false)
         .and_then(|state| state.attachment(id))
-        .map_err(|error| AttachError::new(Step::Recover, format!("no attachment `{id}`")).because(error))
+        .map_err(|error| {
+            AttachError::new(Step::Recover, format!("no attachment `{id}`")).because(error)
+        })
 }
 
 fn server_is_dead(dir: &AttachmentDir) -> bool {
@@ -123,23 +142,31 @@ fn read_story(dir: &AttachmentDir) -> Result<Option<Story>, AttachError> {
         return Ok(None);
     }
     let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
-        AttachError::new(Step::Recover, format!("the journal of `{}` cannot be trusted", dir.id()))
-            .because(error)
-            .hinting("docs/recovery.md says how to undo an attachment by hand; nothing was touched")
-            .exiting(ExitCode::NeedsRecovery)
+        AttachError::new(
+            Step::Recover,
+            format!("the journal of `{}` cannot be trusted", dir.id()),
+        )
+        .because(error)
+        .hinting("docs/recovery.md says how to undo an attachment by hand; nothing was touched")
+        .exiting(ExitCode::NeedsRecovery)
     };
-    let file = dir.open_own(&dir.journal()).map_err(|error| failed(error.into()))?;
+    let file = dir
+        .open_own(&dir.journal())
+        .map_err(|error| failed(error.into()))?;
     let records = journal::read(file).map_err(|error| failed(error.into()))?;
     if records.is_empty() {
         return Ok(None);
     }
-    Story::of(records, dir.id()).map(Some).map_err(|error| failed(error.into()))
+    Story::of(records, dir.id())
+        .map(Some)
+        .map_err(|error| failed(error.into()))
 }
 
 /// What the holder runs when the server has died: the same undoing, in a process that shares the holder's descriptors.
 pub(crate) fn successor(config: &ServeConfig, _holder: Pid) -> i32 {
     hang_up();
-    let result = attachment(&config.state_dir, &config.id).and_then(|dir| undo(&dir, false, |_| {}));
+    let result =
+        attachment(&config.state_dir, &config.id).and_then(|dir| undo(&dir, false, |_| {}));
     match result {
         Ok(()) => DONE,
         Err(error) => {
@@ -151,15 +178,23 @@ pub(crate) fn successor(config: &ServeConfig, _holder: Pid) -> i32 {
 
 /// Ends the conversations of the dead server: its sockets live on in the table that we share with the holder, and whoever is connected would wait for ever.
 fn hang_up() {
-    let Ok(list) = std::fs::read_dir("/proc/self/fd") else { return };
+    let Ok(list) = std::fs::read_dir("/proc/self/fd") else {
+        return;
+    };
     // By their links: a duplicate of a file of the hook would be closed with a FLUSH that nobody answers.
-    let is_socket = |path: &Path| std::fs::read_link(path).is_ok_and(|link| link.as_os_str().as_encoded_bytes().starts_with(b"socket:"));
+    let is_socket = |path: &Path| {
+        std::fs::read_link(path)
+            .is_ok_and(|link| link.as_os_str().as_encoded_bytes().starts_with(b"socket:"))
+    };
     let numbers: Vec<i32> = list
         .filter_map(Result::ok)
         .filter(|entry| is_socket(&entry.path()))
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .collect();
-    let Ok(own) = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()) else { return };
+    let Ok(own) = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())
+    else {
+        return;
+    };
     for number in numbers {
         if let Ok(socket) = rustix::process::pidfd_getfd(&own, number, PidfdGetfdFlags::empty())
             && rustix::net::sockopt::socket_domain(&socket) == Ok(rustix::net::AddressFamily::UNIX)
@@ -170,53 +205,102 @@ fn hang_up() {
 }
 
 /// Undoes what the journal tells of, and removes the attachment.
-fn undo(dir: &AttachmentDir, force: bool, mut publish: impl FnMut(EventKind)) -> Result<(), AttachError> {
+fn undo(
+    dir: &AttachmentDir,
+    force: bool,
+    mut publish: impl FnMut(EventKind),
+) -> Result<(), AttachError> {
     let until = Instant::now() + OTHERS;
     let story = loop {
-        let Some(story) = read_story(dir)? else { return finish(dir, None) };
-        let other = story.living_server().filter(|process| process.pid != hobble_graft::ids::Pid::own());
+        let Some(story) = read_story(dir)? else {
+            return finish(dir, None);
+        };
+        let other = story
+            .living_server()
+            .filter(|process| process.pid != hobble_graft::ids::Pid::own());
         match other {
             None => break story,
             // The holder's successor, or another `hobble recover`, is at it.
             Some(_) if Instant::now() < until => std::thread::sleep(Duration::from_millis(50)),
             Some(process) => {
-                return Err(AttachError::new(Step::Recover, format!("process {process} is still working on attachment `{}`", dir.id()))
-                    .hinting("look at its log, or end it"));
+                return Err(AttachError::new(
+                    Step::Recover,
+                    format!(
+                        "process {process} is still working on attachment `{}`",
+                        dir.id()
+                    ),
+                )
+                .hinting("look at its log, or end it"));
             }
         }
         if !dir.journal().exists() {
             return Ok(());
         }
     };
-    publish(EventKind::Recovering { why: Why::LostServer });
+    publish(EventKind::Recovering {
+        why: Why::LostServer,
+    });
     let mut journal = open_for_more(dir)?;
     let me = crate::server::who(rustix::process::getpid())?;
-    journal.append(&Record::Server(me)).map_err(|error| AttachError::new(Step::Recover, "the journal cannot be written").because(error))?;
-    let mut work = Undoing { story: &story, journal, left: Vec::new(), pause: Duration::ZERO };
-    let result = Tracer::scope(|tracer| work.run(tracer).map_err(Traced)).map_err(|Traced(error)| error);
+    journal.append(&Record::Server(me)).map_err(|error| {
+        AttachError::new(Step::Recover, "the journal cannot be written").because(error)
+    })?;
+    let mut work = Undoing {
+        story: &story,
+        journal,
+        left: Vec::new(),
+        pause: Duration::ZERO,
+    };
+    let result =
+        Tracer::scope(|tracer| work.run(tracer).map_err(Traced)).map_err(|Traced(error)| error);
     let (left, pause) = (std::mem::take(&mut work.left), work.pause);
     result?;
     if !left.is_empty() && !force {
-        let list: Vec<String> = left.iter().map(|left| format!("{}: {}", left.what, left.reason)).collect();
-        return Err(AttachError::new(Step::Recover, format!("not everything could be given back: {}", list.join("; ")))
-            .hinting("--force leaves these descriptors to fail and ends the attachment")
-            .needing_recovery());
+        let list: Vec<String> = left
+            .iter()
+            .map(|left| format!("{}: {}", left.what, left.reason))
+            .collect();
+        return Err(AttachError::new(
+            Step::Recover,
+            format!("not everything could be given back: {}", list.join("; ")),
+        )
+        .hinting("--force leaves these descriptors to fail and ends the attachment")
+        .needing_recovery());
     }
-    publish(EventKind::Recovered(Recovered { pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX), rules: Vec::new(), left }));
+    publish(EventKind::Recovered(Recovered {
+        pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
+        rules: Vec::new(),
+        left,
+    }));
     finish(dir, story.living_holder())
 }
 
 fn open_for_more(dir: &AttachmentDir) -> Result<Journal, AttachError> {
-    let failed = |error: Box<dyn std::error::Error + Send + Sync>| AttachError::new(Step::Recover, "the journal cannot be opened").because(error);
-    drop(dir.open_own(&dir.journal()).map_err(|error| failed(error.into()))?);
-    let fd = rustix::fs::open(dir.journal(), OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|error| failed(std::io::Error::from(error).into()))?;
+    let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
+        AttachError::new(Step::Recover, "the journal cannot be opened").because(error)
+    };
+    drop(
+        dir.open_own(&dir.journal())
+            .map_err(|error| failed(error.into()))?,
+    );
+    let fd = rustix::fs::open(
+        dir.journal(),
+        OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(|error| failed(std::io::Error::from(error).into()))?;
     Ok(Journal::new(File::from(fd)))
 }
 
 /// Ends the holder, if it is not our own parent that is waiting for us, and removes the directory.
 fn finish(dir: &AttachmentDir, holder: Option<ProcessId>) -> Result<(), AttachError> {
-    dir.remove().map_err(|error| AttachError::new(Step::Recover, "the attachment's directory cannot be removed").because(error))?;
+    dir.remove().map_err(|error| {
+        AttachError::new(
+            Step::Recover,
+            "the attachment's directory cannot be removed",
+        )
+        .because(error)
+    })?;
     let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get());
     if let Some(holder) = holder
         && parent != Some(holder.pid.as_raw())
@@ -237,19 +321,14 @@ struct Undoing<'a> {
 impl Undoing<'_> {
     fn run(&mut self, tracer: &Tracer) -> Result<(), AttachError> {
         let story = self.story;
-        for residue in &story.residues {
-            match remote::clean(residue, Deadline::after(PAUSE)) {
-                Ok(_) => {}
-                Err(error) => tracing::warn!(pid = residue.pid, error = chain(&error), "what a dead server left in a process stays there; it is harmless"),
-            }
-        }
-        self.limits();
         if story.hook_dev == 0 || story.recovered {
+            self.clean();
             return Ok(());
         }
         let device = Device::from_raw(story.hook_dev);
         if !is_ours(story, device) {
             tracing::info!("nothing is left of the hook");
+            self.clean();
             return Ok(());
         }
         // Whoever sleeps in a request to the dead server gets an error now instead of sleeping for ever.
@@ -257,11 +336,13 @@ impl Undoing<'_> {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}
             Err(error) => tracing::warn!(%error, "the connection could not be aborted"),
         }
+        self.clean();
         let originals = Originals::collect(story)?;
         for _ in 0..ROUNDS {
             self.unmount(device)?;
             let mut processes = sighting::holders(device);
-            processes.retain(|process| Some(*process) != story.holder && Some(*process) != story.server);
+            processes
+                .retain(|process| Some(*process) != story.holder && Some(*process) != story.server);
             if processes.is_empty() {
                 return Ok(());
             }
@@ -272,14 +353,48 @@ impl Undoing<'_> {
         Ok(())
     }
 
+    /// What a dead server left in processes. Only after the connection has been aborted: a thread that waits for the dead server cannot be stopped.
+    fn clean(&self) {
+        let mut seen = BTreeSet::new();
+        for residue in &self.story.residues {
+            if !seen.insert((
+                residue.pid,
+                residue.start_time,
+                residue.tid,
+                residue.code_address,
+                residue.scratch_address,
+            )) {
+                continue;
+            }
+            match remote::clean(residue, Deadline::after(PAUSE)) {
+                Ok(_) => {}
+                Err(error) => tracing::warn!(
+                    pid = residue.pid,
+                    error = chain(&error),
+                    "what a dead server left in a process stays there; it is harmless"
+                ),
+            }
+        }
+        self.limits();
+    }
+
     /// Soft limits that a dead server had raised for an exchange.
     fn limits(&self) {
         for (pid, soft) in &self.story.limits {
-            let named = self.story.posix.iter().map(|lock| lock.who).chain(self.story.kept.iter().flat_map(|kept| kept.places.iter().map(|place| place.who)));
+            let named = self.story.posix.iter().map(|lock| lock.who).chain(
+                self.story
+                    .kept
+                    .iter()
+                    .flat_map(|kept| kept.places.iter().map(|place| place.who)),
+            );
             let lives = named
                 .filter(|who| who.pid == *pid)
                 .filter_map(crate::story::process)
-                .chain(self.story.target.filter(|target| target.pid.as_raw() == *pid))
+                .chain(
+                    self.story
+                        .target
+                        .filter(|target| target.pid.as_raw() == *pid),
+                )
                 .any(|process| process.is_alive().unwrap_or(false));
             if lives && let Err(error) = sys::set_soft_descriptor_limit(*pid, *soft) {
                 tracing::warn!(pid, %error, "the soft limit on descriptors stays raised");
@@ -288,16 +403,35 @@ impl Undoing<'_> {
     }
 
     fn unmount(&self, device: Device) -> Result<(), AttachError> {
-        if self.story.placing.is_some() { volume::remove_everywhere(device, &self.story.source) } else { Ok(()) }
+        if self.story.placing.is_some() {
+            volume::remove_everywhere(device, &self.story.source)
+        } else {
+            Ok(())
+        }
     }
 
     /// One stop of everybody on the hook. Says whether another round may find more.
-    fn give_back(&mut self, tracer: &Tracer, processes: &[ProcessId], device: Device, originals: &Originals) -> Result<bool, AttachError> {
-        let _ = self.journal.append(&Record::Stopping { processes: processes.iter().map(|process| who(*process)).collect() });
+    fn give_back(
+        &mut self,
+        tracer: &Tracer,
+        processes: &[ProcessId],
+        device: Device,
+        originals: &Originals,
+    ) -> Result<bool, AttachError> {
+        let _ = self.journal.append(&Record::Stopping {
+            processes: processes.iter().map(|process| who(*process)).collect(),
+        });
         let deadline = Deadline::after(PAUSE);
-        let mut stopped = tracer.stop_all(processes, deadline).map_err(|error| stop_failed(Step::Recover, error).needing_recovery())?;
-        let census = census::take(stopped.processes(), &|facts| facts.device == device)
-            .map_err(|error| AttachError::new(Step::Recover, "the stopped target cannot be looked into").because(error).needing_recovery())?;
+        let mut stopped = tracer
+            .stop_all(processes, deadline)
+            .map_err(|error| stop_failed(Step::Recover, error).needing_recovery())?;
+        let census = census::take(stopped.processes(), &|facts| facts.device == device).map_err(
+            |error| {
+                AttachError::new(Step::Recover, "the stopped target cannot be looked into")
+                    .because(error)
+                    .needing_recovery()
+            },
+        )?;
         self.left.clear();
         let mut switch = Switch::new(&census);
         switch.locks_are_gone();
@@ -316,7 +450,11 @@ impl Undoing<'_> {
             }
         }
         for file in census.mapped_files() {
-            let flags = if file.is_writable { OFlags::RDWR } else { OFlags::RDONLY };
+            let flags = if file.is_writable {
+                OFlags::RDWR
+            } else {
+                OFlags::RDONLY
+            };
             match originals.reach(&file.facts, flags) {
                 Ok(original) => {
                     switch.mapped_file(file.id, original);
@@ -344,38 +482,95 @@ impl Undoing<'_> {
         }
         // The server's OFD locks on the same ranges would keep the target from taking its own; nobody serves them any more.
         originals.unlock_servers();
-        let report = switch.apply(&mut stopped, deadline, &mut Steps { journal: &mut self.journal }, &mut NoHandover);
+        let report = switch.apply(
+            &mut stopped,
+            deadline,
+            &mut Steps {
+                journal: &mut self.journal,
+            },
+            &mut NoHandover,
+        );
         let released = stopped.release();
         self.pause = self.pause.max(released.stood_still);
         report.map(|_| true).map_err(|failed| {
-            AttachError::new(Step::Recover, "the target's files could not be given back").because(failed).needing_recovery()
+            AttachError::new(Step::Recover, "the target's files could not be given back")
+                .because(failed)
+                .needing_recovery()
         })
     }
 
     fn leave(&mut self, facts: &FileFacts, error: &std::io::Error) {
-        self.left.push(NotCoveredStatus { what: facts.path.display().to_string(), reason: error.to_string(), pid: None });
+        self.left.push(NotCoveredStatus {
+            what: facts.path.display().to_string(),
+            reason: error.to_string(),
+            pid: None,
+        });
     }
 
     /// POSIX locks that the process had when it was attached.
-    fn posix_locks(&self, description: &Description, census: &Census, original: &OwnedFd) -> Vec<DescriptionLock> {
-        let Ok(stat) = rustix::fs::fstat(original) else { return Vec::new() };
+    fn posix_locks(
+        &self,
+        description: &Description,
+        census: &Census,
+        original: &OwnedFd,
+    ) -> Vec<DescriptionLock> {
+        let Ok(stat) = rustix::fs::fstat(original) else {
+            return Vec::new();
+        };
         let mut locks = Vec::new();
-        for lock in self.story.posix.iter().filter(|lock| lock.ino == stat.st_ino && lock.dev == stat.st_dev) {
-            let table: Option<TableId> = description.places.iter().map(|place| place.table).find(|table| {
-                census.tables().iter().filter(|known| known.id == *table).any(|known| known.members.iter().any(|member| member.pid.as_raw() == lock.who.pid && started(census, member.pid) == Some(lock.who.start)))
-            });
+        for lock in self
+            .story
+            .posix
+            .iter()
+            .filter(|lock| lock.ino == stat.st_ino && lock.dev == stat.st_dev)
+        {
+            let table: Option<TableId> =
+                description
+                    .places
+                    .iter()
+                    .map(|place| place.table)
+                    .find(|table| {
+                        census
+                            .tables()
+                            .iter()
+                            .filter(|known| known.id == *table)
+                            .any(|known| {
+                                known.members.iter().any(|member| {
+                                    member.pid.as_raw() == lock.who.pid
+                                        && started(census, member.pid) == Some(lock.who.start)
+                                })
+                            })
+                    });
             let Some(table) = table else { continue };
-            let kind = if lock.write { LockKind::Write } else { LockKind::Read };
+            let kind = if lock.write {
+                LockKind::Write
+            } else {
+                LockKind::Read
+            };
             let end = (lock.end_byte != u64::MAX).then_some(lock.end_byte);
-            let lock = FileLock { class: LockClass::Posix, kind, pid: None, inode: None, start: lock.start_byte, end };
-            locks.push(DescriptionLock { lock, table: Some(table) });
+            let lock = FileLock {
+                class: LockClass::Posix,
+                kind,
+                pid: None,
+                inode: None,
+                start: lock.start_byte,
+                end,
+            };
+            locks.push(DescriptionLock {
+                lock,
+                table: Some(table),
+            });
         }
         locks
     }
 }
 
 fn started(census: &Census, pid: hobble_graft::ids::Pid) -> Option<u64> {
-    census.processes().iter().find(|process| process.id.pid == pid).map(|process| process.id.start_time)
+    census
+        .processes()
+        .iter()
+        .find(|process| process.id.pid == pid)
+        .map(|process| process.id.start_time)
 }
 
 /// Whether the filesystem that has the hook's device number now is the hook. The kernel gives the number to the next filesystem without a disk as soon as the
@@ -387,7 +582,8 @@ fn is_ours(story: &Story, device: Device) -> bool {
         || story.living_holder().is_some_and(held)
         || story.kept.iter().any(|kept| {
             kept.places.iter().any(|place| {
-                let lives = crate::story::process(place.who).is_some_and(|process| process.is_alive().unwrap_or(false));
+                let lives = crate::story::process(place.who)
+                    .is_some_and(|process| process.is_alive().unwrap_or(false));
                 lives && sighting::descriptor_is(place.who.pid, place.fd, device, kept.ino)
             })
         })
@@ -412,10 +608,17 @@ struct HeldFile {
 impl Originals {
     fn collect(story: &Story) -> Result<Self, AttachError> {
         let mut held: BTreeMap<u64, Vec<HeldFile>> = BTreeMap::new();
-        let root = story.target.filter(|target| target.is_alive().unwrap_or(false)).map(|target| {
-            let path = PathBuf::from(<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(story.path.clone()));
-            (target, path)
-        });
+        let root = story
+            .target
+            .filter(|target| target.is_alive().unwrap_or(false))
+            .map(|target| {
+                let path = PathBuf::from(
+                    <std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(
+                        story.path.clone(),
+                    ),
+                );
+                (target, path)
+            });
         if story.placing.is_some() {
             volume::remove_everywhere(Device::from_raw(story.hook_dev), &story.source)?;
         }
@@ -425,73 +628,124 @@ impl Originals {
         {
             tracing::warn!(%error, cause = error.cause_chain(), "the mount around the volume may propagate differently than before");
         }
-        let root = volume.and_then(|volume| Some((volume.native().ok()?, volume.printed().to_vec())));
+        let root =
+            volume.and_then(|volume| Some((volume.native().ok()?, volume.printed().to_vec())));
         let mut devices: BTreeSet<u64> = story.kept.iter().map(|kept| kept.dev).collect();
         devices.extend(story.backing_dev);
         if let Some(holder) = story.living_holder() {
-            let failed = |error: rustix::io::Errno| AttachError::io(Step::Recover, format!("look into the holder, process {holder}"), error);
-            let pid = Pid::from_raw(holder.pid.as_raw()).ok_or_else(|| failed(rustix::io::Errno::SRCH))?;
+            let failed = |error: rustix::io::Errno| {
+                AttachError::io(
+                    Step::Recover,
+                    format!("look into the holder, process {holder}"),
+                    error,
+                )
+            };
+            let pid = Pid::from_raw(holder.pid.as_raw())
+                .ok_or_else(|| failed(rustix::io::Errno::SRCH))?;
             let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(failed)?;
             if !holder.is_alive().unwrap_or(false) {
                 return Err(failed(rustix::io::Errno::SRCH));
             }
-            let numbers = std::fs::read_dir(format!("/proc/{holder}/fd"))
-                .map_err(|error| AttachError::io(Step::Recover, format!("list the descriptors of the holder, process {holder}"), error))?;
-            for number in numbers.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok()) {
+            let numbers = std::fs::read_dir(format!("/proc/{holder}/fd")).map_err(|error| {
+                AttachError::io(
+                    Step::Recover,
+                    format!("list the descriptors of the holder, process {holder}"),
+                    error,
+                )
+            })?;
+            for number in
+                numbers.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok())
+            {
                 if !is_regular_link(&format!("/proc/{holder}/fd/{number}")) {
                     continue;
                 }
-                let file = match rustix::process::pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()) {
-                    Ok(file) => file,
-                    Err(rustix::io::Errno::BADF) => continue,
-                    // Not to see an original would mean to lose it.
-                    Err(error) => return Err(failed(error)),
+                let file =
+                    match rustix::process::pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()) {
+                        Ok(file) => file,
+                        Err(rustix::io::Errno::BADF) => continue,
+                        // Not to see an original would mean to lose it.
+                        Err(error) => return Err(failed(error)),
+                    };
+                let (Ok(stat), Ok(flags)) =
+                    (rustix::fs::fstat(&file), rustix::fs::fcntl_getfl(&file))
+                else {
+                    continue;
                 };
-                let (Ok(stat), Ok(flags)) = (rustix::fs::fstat(&file), rustix::fs::fcntl_getfl(&file)) else { continue };
                 // Only the backing filesystem's: the holder's other files have inode numbers too.
                 if stat.st_dev == story.hook_dev || !devices.contains(&stat.st_dev) {
                     continue;
                 }
-                held.entry(stat.st_ino).or_default().push(HeldFile { number, file, flags });
+                held.entry(stat.st_ino).or_default().push(HeldFile {
+                    number,
+                    file,
+                    flags,
+                });
             }
         }
         let kept = story
             .kept
             .iter()
-            .flat_map(|kept| kept.places.iter().map(|place| ((place.who.pid, place.who.start, place.fd), kept.holder_fd)))
+            .flat_map(|kept| {
+                kept.places
+                    .iter()
+                    .map(|place| ((place.who.pid, place.who.start, place.fd), kept.holder_fd))
+            })
             .collect();
-        Ok(Self { held, kept, root, used: RefCell::default() })
+        Ok(Self {
+            held,
+            kept,
+            root,
+            used: RefCell::default(),
+        })
     }
 
     /// The description that stands behind one on the hook.
     fn of(&self, description: &Description, census: &Census) -> std::io::Result<OwnedFd> {
         let inode = description.facts.inode;
-        let access = OFlags::from_bits_retain(description.flags.0) & (OFlags::ACCMODE | OFlags::PATH);
+        let access =
+            OFlags::from_bits_retain(description.flags.0) & (OFlags::ACCMODE | OFlags::PATH);
         // F_SETFL cannot add these later.
-        let synchronous = OFlags::from_bits_retain(description.flags.0) & (OFlags::SYNC | OFlags::DSYNC);
+        let synchronous =
+            OFlags::from_bits_retain(description.flags.0) & (OFlags::SYNC | OFlags::DSYNC);
         let same = self.held.get(&inode).map(Vec::as_slice).unwrap_or_default();
         // Where it was found when it was moved; a descriptor that was re-used since has another inode or another access mode.
         for place in &description.places {
-            let members = census.tables().iter().find(|table| table.id == place.table).map(|table| table.members.as_slice()).unwrap_or_default();
+            let members = census
+                .tables()
+                .iter()
+                .find(|table| table.id == place.table)
+                .map(|table| table.members.as_slice())
+                .unwrap_or_default();
             for member in members {
-                let Some(process) = census.processes().iter().find(|process| process.id.pid == member.pid) else { continue };
-                let key = (process.id.pid.as_raw(), process.id.start_time, place.fd.as_raw());
+                let Some(process) = census
+                    .processes()
+                    .iter()
+                    .find(|process| process.id.pid == member.pid)
+                else {
+                    continue;
+                };
+                let key = (
+                    process.id.pid.as_raw(),
+                    process.id.start_time,
+                    place.fd.as_raw(),
+                );
                 if let Some(number) = self.kept.get(&key)
-                    && let Some(found) = same.iter().find(|held| held.number == *number && held.flags & (OFlags::ACCMODE | OFlags::PATH) == access)
+                    && let Some(found) = same.iter().find(|held| {
+                        held.number == *number
+                            && held.flags & (OFlags::ACCMODE | OFlags::PATH) == access
+                    })
                 {
                     return found.file.try_clone();
                 }
             }
         }
         let kept: Vec<i32> = self.kept.values().copied().collect();
-        let opened = same
-            .iter()
-            .find(|held| {
-                !kept.contains(&held.number)
-                    && !self.used.borrow().contains(&held.number)
-                    && held.flags & (OFlags::ACCMODE | OFlags::PATH) == access
-                    && description.flags.access() != Access::Path
-            });
+        let opened = same.iter().find(|held| {
+            !kept.contains(&held.number)
+                && !self.used.borrow().contains(&held.number)
+                && held.flags & (OFlags::ACCMODE | OFlags::PATH) == access
+                && description.flags.access() != Access::Path
+        });
         if let Some(held) = opened {
             // The one that served it, or one that served the same file in the same mode: a flock, if there is one, stays.
             self.used.borrow_mut().insert(held.number);
@@ -505,16 +759,38 @@ impl Originals {
         if let Some(held) = self.held.get(&facts.inode).and_then(|held| held.first()) {
             return reopen(held.file.as_fd(), flags);
         }
-        let lost = |why: &str| std::io::Error::new(std::io::ErrorKind::NotFound, format!("it cannot be found again: {why}"));
+        let lost = |why: &str| {
+            std::io::Error::new(
+                std::io::ErrorKind::NotFound,
+                format!("it cannot be found again: {why}"),
+            )
+        };
         if facts.is_deleted {
-            return Err(lost("it has no name, and the process that kept it open is dead"));
+            return Err(lost(
+                "it has no name, and the process that kept it open is dead",
+            ));
         }
-        let (root, printed) = self.root.as_ref().ok_or_else(|| lost("the volume itself cannot be reached"))?;
+        let (root, printed) = self
+            .root
+            .as_ref()
+            .ok_or_else(|| lost("the volume itself cannot be reached"))?;
         // The hook is unmounted by now, so the kernel prints paths from the hook's own root (d_path of a detached mount).
-        let relative = volume::below(printed, &facts.path).or_else(|| volume::below(b"/", &facts.path)).ok_or_else(|| lost("its name is not below the volume"))?;
-        let relative = if relative.is_empty() { b".".to_vec() } else { relative };
+        let relative = volume::below(printed, &facts.path)
+            .or_else(|| volume::below(b"/", &facts.path))
+            .ok_or_else(|| lost("its name is not below the volume"))?;
+        let relative = if relative.is_empty() {
+            b".".to_vec()
+        } else {
+            relative
+        };
         let how = rustix::fs::ResolveFlags::BENEATH | rustix::fs::ResolveFlags::NO_SYMLINKS;
-        let found = rustix::fs::openat2(root, relative, flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOFOLLOW, Mode::empty(), how)?;
+        let found = rustix::fs::openat2(
+            root,
+            relative,
+            flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOFOLLOW,
+            Mode::empty(),
+            how,
+        )?;
         let stat = rustix::fs::fstat(&found)?;
         if stat.st_ino != facts.inode {
             return Err(lost("another file has its name now"));
@@ -525,7 +801,12 @@ impl Originals {
     /// Gives up the OFD locks that the dead server held for others.
     fn unlock_servers(&self) {
         let kept: Vec<i32> = self.kept.values().copied().collect();
-        for held in self.held.values().flatten().filter(|held| !kept.contains(&held.number) && !held.flags.contains(OFlags::PATH)) {
+        for held in self
+            .held
+            .values()
+            .flatten()
+            .filter(|held| !kept.contains(&held.number) && !held.flags.contains(OFlags::PATH))
+        {
             if let Err(error) = sys::unlock_description(held.file.as_fd()) {
                 tracing::debug!(number = held.number, %error, "a lock of the dead server stays");
             }
@@ -541,5 +822,12 @@ fn is_regular_link(path: &str) -> bool {
 /// The same inode in a new description.
 fn reopen(fd: std::os::fd::BorrowedFd<'_>, flags: OFlags) -> std::io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
-    Ok(rustix::fs::open(path, (flags & (OFlags::ACCMODE | OFlags::PATH | OFlags::DIRECTORY | OFlags::SYNC | OFlags::DSYNC)) | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())?)
+    Ok(rustix::fs::open(
+        path,
+        (flags
+            & (OFlags::ACCMODE | OFlags::PATH | OFlags::DIRECTORY | OFlags::SYNC | OFlags::DSYNC))
+            | OFlags::CLOEXEC
+            | OFlags::NONBLOCK,
+        Mode::empty(),
+    )?)
 }

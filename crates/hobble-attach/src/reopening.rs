@@ -28,13 +28,21 @@ const TRIES: u32 = 3;
 
 impl Engine {
     /// Makes `plan` the one that is asked (or none).
-    pub(crate) fn put_in_force(&mut self, plan: Option<Arc<Plan>>, step: Step) -> Result<(), AttachError> {
+    pub(crate) fn put_in_force(
+        &mut self,
+        plan: Option<Arc<Plan>>,
+        step: Step,
+    ) -> Result<(), AttachError> {
         let origin = self.origin();
         let before = self.in_force.clone();
-        let Some(hook) = self.hook.as_ref() else { return Err(no_hook()) };
+        let Some(hook) = self.hook.as_ref() else {
+            return Err(no_hook());
+        };
         let change = hook.set_plan(plan.clone(), origin);
         if !change.settled {
-            tracing::warn!("the kernel still waits for an operation before it drops what it has cached");
+            tracing::warn!(
+                "the kernel still waits for an operation before it drops what it has cached"
+            );
         }
         if plan.is_none() {
             // What was delayed by rules that are off is not to wait any longer.
@@ -60,7 +68,9 @@ impl Engine {
         let wanted: BTreeSet<u64> = handles.iter().map(|handle| handle.number()).collect();
         let mut attempt = 1;
         loop {
-            let result = Tracer::scope(|tracer| self.reopen_once(tracer, &wanted, step).map_err(Traced)).map_err(|Traced(error)| error);
+            let result =
+                Tracer::scope(|tracer| self.reopen_once(tracer, &wanted, step).map_err(Traced))
+                    .map_err(|Traced(error)| error);
             if let Some(hook) = self.hook.as_ref() {
                 hook.unquiesce();
             }
@@ -75,36 +85,69 @@ impl Engine {
         }
     }
 
-    fn reopen_once(&mut self, tracer: &Tracer, wanted: &BTreeSet<u64>, step: Step) -> Result<(), AttachError> {
-        let Some(hook) = self.hook.as_ref() else { return Err(no_hook()) };
+    fn reopen_once(
+        &mut self,
+        tracer: &Tracer,
+        wanted: &BTreeSet<u64>,
+        step: Step,
+    ) -> Result<(), AttachError> {
+        let Some(hook) = self.hook.as_ref() else {
+            return Err(no_hook());
+        };
         let device = hook.device();
         let on_hook = move |facts: &census::FileFacts| facts.device == device;
-        let looked = |error| AttachError::new(step, "it cannot be found out who is on the hook").because(error);
+        let looked = |error| {
+            AttachError::new(step, "it cannot be found out who is on the hook").because(error)
+        };
         let holders = sighting::holders(device);
         let mut census = census::take(&holders, &on_hook).map_err(looked)?;
         if concerned(hook, &census, wanted).is_empty() {
             return Ok(());
         }
-        if let Err(error) = self.journal.append(&Record::Stopping { processes: holders.iter().map(|process| who(*process)).collect() }) {
+        if let Err(error) = self.journal.append(&Record::Stopping {
+            processes: holders.iter().map(|process| who(*process)).collect(),
+        }) {
             tracing::warn!(%error, "the journal does not tell of the stop");
         }
         hook.quiesce();
         let deadline = Deadline::after(Duration::from_micros(self.config.max_pause_us));
-        let mut stopped = tracer.stop_all(&holders, deadline).map_err(|error| stop_failed(step, error))?;
-        census.rescan(stopped.processes(), &on_hook).map_err(looked)?;
+        let mut stopped = tracer
+            .stop_all(&holders, deadline)
+            .map_err(|error| stop_failed(step, error))?;
+        census
+            .rescan(stopped.processes(), &on_hook)
+            .map_err(looked)?;
         let mut switch = Switch::new(&census);
         let mut superseded = Vec::new();
         for (id, handle) in concerned(hook, &census, wanted) {
-            let Some(description) = census.description(id) else { continue };
+            let Some(description) = census.description(id) else {
+                continue;
+            };
             let again = hook
                 .mirror()
                 .reopen_stand_in(description.kept.as_fd())
-                .map_err(|error| AttachError::io(step, format!("open {} on the hook again", description.facts.path.display()), error))?;
+                .map_err(|error| {
+                    AttachError::io(
+                        step,
+                        format!(
+                            "open {} on the hook again",
+                            description.facts.path.display()
+                        ),
+                        error,
+                    )
+                })?;
             superseded.push(handle);
             switch.description(id, again);
         }
         hook.mirror().supersede(&superseded, true);
-        let applied = switch.apply(&mut stopped, deadline, &mut Steps { journal: &mut self.journal }, &mut NoHandover);
+        let applied = switch.apply(
+            &mut stopped,
+            deadline,
+            &mut Steps {
+                journal: &mut self.journal,
+            },
+            &mut NoHandover,
+        );
         if let (Err(_), Some(hook)) = (&applied, self.hook.as_ref()) {
             hook.mirror().supersede(&superseded, false);
         }
@@ -126,12 +169,22 @@ impl Engine {
 }
 
 /// The descriptions that have to be opened anew, and their handles.
-fn concerned(hook: &Hook, census: &Census, wanted: &BTreeSet<u64>) -> Vec<(DescriptionId, HandleId)> {
+fn concerned(
+    hook: &Hook,
+    census: &Census,
+    wanted: &BTreeSet<u64>,
+) -> Vec<(DescriptionId, HandleId)> {
     census
         .descriptions()
         .filter_map(|description| {
-            let handle = hook.mirror().identify(description.kept.as_fd()).ok()?.handle?;
-            wanted.contains(&handle.number()).then_some((description.id, handle))
+            let handle = hook
+                .mirror()
+                .identify(description.kept.as_fd())
+                .ok()?
+                .handle?;
+            wanted
+                .contains(&handle.number())
+                .then_some((description.id, handle))
         })
         .collect()
 }

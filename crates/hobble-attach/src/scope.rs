@@ -30,12 +30,23 @@ const EVENT_EXIT: u32 = 0x8000_0000;
 /// A process event that matters here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ProcessEvent {
-    Fork { parent: i32, child_thread: i32, child: i32 },
-    Exit { thread: i32, process: i32 },
+    Fork {
+        parent: i32,
+        child_thread: i32,
+        child: i32,
+    },
+    Exit {
+        thread: i32,
+        process: i32,
+    },
 }
 
 fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
-    bytes.get(offset..offset + 4)?.try_into().ok().map(u32::from_ne_bytes)
+    bytes
+        .get(offset..offset + 4)?
+        .try_into()
+        .ok()
+        .map(u32::from_ne_bytes)
 }
 
 fn pid_at(bytes: &[u8], offset: usize) -> Option<i32> {
@@ -49,9 +60,16 @@ fn parse_event(datagram: &[u8]) -> Option<ProcessEvent> {
     let data = event.get(16..)?;
     match u32_at(event, 0)? {
         // parent_pid, parent_tgid, child_pid, child_tgid
-        EVENT_FORK => Some(ProcessEvent::Fork { parent: pid_at(data, 4)?, child_thread: pid_at(data, 8)?, child: pid_at(data, 12)? }),
+        EVENT_FORK => Some(ProcessEvent::Fork {
+            parent: pid_at(data, 4)?,
+            child_thread: pid_at(data, 8)?,
+            child: pid_at(data, 12)?,
+        }),
         // process_pid, process_tgid, exit_code, exit_signal, …
-        EVENT_EXIT => Some(ProcessEvent::Exit { thread: pid_at(data, 0)?, process: pid_at(data, 4)? }),
+        EVENT_EXIT => Some(ProcessEvent::Exit {
+            thread: pid_at(data, 0)?,
+            process: pid_at(data, 4)?,
+        }),
         _ => None,
     }
 }
@@ -124,19 +142,33 @@ pub(crate) struct TargetSet {
 
 /// Whether a thread is not a zombie.
 fn is_living(process: i32, thread: &str) -> bool {
-    std::fs::read_to_string(format!("/proc/{process}/task/{thread}/status"))
-        .is_ok_and(|text| text.lines().any(|line| line.strip_prefix("State:").is_some_and(|state| !state.trim_start().starts_with(['Z', 'X']))))
+    std::fs::read_to_string(format!("/proc/{process}/task/{thread}/status")).is_ok_and(|text| {
+        text.lines().any(|line| {
+            line.strip_prefix("State:")
+                .is_some_and(|state| !state.trim_start().starts_with(['Z', 'X']))
+        })
+    })
 }
 
 fn status_field(pid: i32, field: &str) -> Option<i32> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')?.trim().parse().ok())
+    text.lines().find_map(|line| {
+        line.strip_prefix(field)?
+            .strip_prefix(':')?
+            .trim()
+            .parse()
+            .ok()
+    })
 }
 
 impl TargetSet {
     /// Everybody who reaches the hook is a target (`--scope namespace`).
     pub(crate) fn everyone() -> Arc<Self> {
-        Arc::new(Self { everyone: true, connector: None, tree: Mutex::default() })
+        Arc::new(Self {
+            everyone: true,
+            connector: None,
+            tree: Mutex::default(),
+        })
     }
 
     /// These processes and all their later descendants. The subscription is made before `list` is called, so that no fork falls between.
@@ -148,8 +180,15 @@ impl TargetSet {
                 None
             }
         };
-        let tree = Tree { processes: list().into_iter().collect(), threads: HashMap::new() };
-        Arc::new(Self { everyone: false, connector, tree: Mutex::new(tree) })
+        let tree = Tree {
+            processes: list().into_iter().collect(),
+            threads: HashMap::new(),
+        };
+        Arc::new(Self {
+            everyone: false,
+            connector,
+            tree: Mutex::new(tree),
+        })
     }
 
     /// Whether forks are seen as they happen.
@@ -165,9 +204,15 @@ impl TargetSet {
     }
 
     fn drain(&self, tree: &mut Tree) {
-        let Some(connector) = &self.connector else { return };
+        let Some(connector) = &self.connector else {
+            return;
+        };
         let lost = connector.drain(|event| match event {
-            ProcessEvent::Fork { parent, child_thread, child } => {
+            ProcessEvent::Fork {
+                parent,
+                child_thread,
+                child,
+            } => {
                 tree.threads.remove(&child_thread);
                 if tree.processes.contains(&parent) {
                     tree.processes.insert(child);
@@ -180,9 +225,17 @@ impl TargetSet {
                 tree.threads.remove(&thread);
                 // The leader may exit before its threads (pthread_exit in main); the process stays a target until the last has gone. The one that reports
                 // its exit is still listed.
-                let others = std::fs::read_dir(format!("/proc/{process}/task")).map_or(0, |tasks| {
-                    tasks.filter_map(Result::ok).filter(|task| task.file_name().to_str().is_some_and(|name| name.parse() != Ok(thread) && is_living(process, name))).count()
-                });
+                let others =
+                    std::fs::read_dir(format!("/proc/{process}/task")).map_or(0, |tasks| {
+                        tasks
+                            .filter_map(Result::ok)
+                            .filter(|task| {
+                                task.file_name().to_str().is_some_and(|name| {
+                                    name.parse() != Ok(thread) && is_living(process, name)
+                                })
+                            })
+                            .count()
+                    });
                 if others == 0 {
                     tree.processes.remove(&process);
                 }
@@ -190,7 +243,8 @@ impl TargetSet {
         });
         if lost {
             tree.threads.clear();
-            tree.processes.retain(|pid| status_field(*pid, "Tgid").is_some());
+            tree.processes
+                .retain(|pid| status_field(*pid, "Tgid").is_some());
         }
     }
 
@@ -204,7 +258,9 @@ impl TargetSet {
             return *known;
         }
         self.drain(&mut tree);
-        let Some(process) = status_field(tid, "Tgid") else { return false };
+        let Some(process) = status_field(tid, "Tgid") else {
+            return false;
+        };
         let mut member = tree.processes.contains(&process);
         let mut ancestor = process;
         let mut chain = vec![process];
@@ -234,17 +290,25 @@ pub(crate) fn follow(set: &Arc<TargetSet>) -> io::Result<()> {
         return Ok(());
     }
     let weak = Arc::downgrade(set);
-    std::thread::Builder::new().name("hobble-scope".into()).spawn(move || {
-        while let Some(set) = weak.upgrade() {
-            if let Some(connector) = &set.connector {
-                let mut polled = [rustix::event::PollFd::new(&connector.socket, rustix::event::PollFlags::IN)];
-                let second = rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 };
-                let _ = rustix::event::poll(&mut polled, Some(&second));
+    std::thread::Builder::new()
+        .name("hobble-scope".into())
+        .spawn(move || {
+            while let Some(set) = weak.upgrade() {
+                if let Some(connector) = &set.connector {
+                    let mut polled = [rustix::event::PollFd::new(
+                        &connector.socket,
+                        rustix::event::PollFlags::IN,
+                    )];
+                    let second = rustix::event::Timespec {
+                        tv_sec: 1,
+                        tv_nsec: 0,
+                    };
+                    let _ = rustix::event::poll(&mut polled, Some(&second));
+                }
+                let mut tree = set.tree.lock().unwrap_or_else(PoisonError::into_inner);
+                set.drain(&mut tree);
             }
-            let mut tree = set.tree.lock().unwrap_or_else(PoisonError::into_inner);
-            set.drain(&mut tree);
-        }
-    })?;
+        })?;
     Ok(())
 }
 
@@ -261,7 +325,14 @@ mod tests {
         for pid in [10_u32, 10, 12, 11] {
             datagram.extend(pid.to_ne_bytes());
         }
-        assert_eq!(parse_event(&datagram), Some(ProcessEvent::Fork { parent: 10, child_thread: 12, child: 11 }));
+        assert_eq!(
+            parse_event(&datagram),
+            Some(ProcessEvent::Fork {
+                parent: 10,
+                child_thread: 12,
+                child: 11
+            })
+        );
         for length in 0..datagram.len() {
             assert_eq!(parse_event(&datagram[..length]), None);
         }
@@ -271,21 +342,41 @@ mod tests {
     fn a_daemon_that_forks_twice_stays_a_target_and_a_stranger_is_none() {
         // The shell waits for its first line, so that it is in the set before it forks.
         let mut shell = Command::new("sh")
-            .args(["-c", "read x; (sh -c 'sleep 30 >/dev/null 2>&1 & echo $!'); read x"])
+            .args([
+                "-c",
+                "read x; (sh -c 'sleep 30 >/dev/null 2>&1 & echo $!'); read x",
+            ])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .expect("sh");
         let set = TargetSet::tree(|| vec![shell.id() as i32]);
-        assert!(set.follows_forks(), "the process-event connector is needed for this test");
+        assert!(
+            set.follows_forks(),
+            "the process-event connector is needed for this test"
+        );
         use std::io::{BufRead, Write};
-        shell.stdin.as_mut().expect("stdin").write_all(b"go\n").expect("write");
+        shell
+            .stdin
+            .as_mut()
+            .expect("stdin")
+            .write_all(b"go\n")
+            .expect("write");
         let mut line = String::new();
-        std::io::BufReader::new(shell.stdout.take().expect("stdout")).read_line(&mut line).expect("read");
+        std::io::BufReader::new(shell.stdout.take().expect("stdout"))
+            .read_line(&mut line)
+            .expect("read");
         let orphan: i32 = line.trim().parse().expect("pid");
         let mut stranger = Command::new("sleep").arg("30").spawn().expect("sleep");
-        let seen = (set.contains(orphan), set.contains(stranger.id() as i32), set.contains(shell.id() as i32));
-        let _ = rustix::process::kill_process(rustix::process::Pid::from_raw(orphan).expect("pid"), rustix::process::Signal::KILL);
+        let seen = (
+            set.contains(orphan),
+            set.contains(stranger.id() as i32),
+            set.contains(shell.id() as i32),
+        );
+        let _ = rustix::process::kill_process(
+            rustix::process::Pid::from_raw(orphan).expect("pid"),
+            rustix::process::Signal::KILL,
+        );
         let _ = stranger.kill();
         let _ = stranger.wait();
         let _ = shell.kill();

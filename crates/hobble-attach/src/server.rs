@@ -32,7 +32,10 @@ const FAREWELL: Duration = Duration::from_millis(500);
 /// What this process is, for the journal.
 pub(crate) fn who(pid: Pid) -> Result<Who, AttachError> {
     let pid = pid.as_raw_nonzero().get();
-    Ok(Who { pid, start: inspect::start_time(pid)? })
+    Ok(Who {
+        pid,
+        start: inspect::start_time(pid)?,
+    })
 }
 
 /// Opens a fresh journal: who holds, who serves, which boot.
@@ -40,22 +43,37 @@ fn open_journal(dir: &AttachmentDir, id: &str, holder: Pid) -> Result<Journal, A
     let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
         AttachError::new(Step::Journal, "the journal cannot be written")
             .because(error)
-            .hinting("the state directory needs a few MiB of space; name another one with --state-dir")
+            .hinting(
+                "the state directory needs a few MiB of space; name another one with --state-dir",
+            )
     };
-    let file = dir.create_own(&dir.journal()).map_err(|error| failed(error.into()))?;
+    let file = dir
+        .create_own(&dir.journal())
+        .map_err(|error| failed(error.into()))?;
     let mut journal = Journal::new(file);
     let boot_id = hobble_graft::ids::BootId::current().map_err(|error| failed(error.into()))?;
     let created = u64::try_from(Timestamp::now().as_second()).unwrap_or(0);
     journal
-        .append(&Record::Opened { v: 1, id: id.to_owned(), boot_id: boot_id.as_str().to_owned(), created })
+        .append(&Record::Opened {
+            v: 1,
+            id: id.to_owned(),
+            boot_id: boot_id.as_str().to_owned(),
+            created,
+        })
         .and_then(|()| journal.append(&Record::Holder(who(holder).map_err(foreign)?)))
-        .and_then(|()| journal.append(&Record::Server(who(rustix::process::getpid()).map_err(foreign)?)))
+        .and_then(|()| {
+            journal.append(&Record::Server(
+                who(rustix::process::getpid()).map_err(foreign)?,
+            ))
+        })
         .map_err(|error| failed(error.into()))?;
     Ok(journal)
 }
 
 fn foreign(error: AttachError) -> crate::journal::JournalError {
-    crate::journal::JournalError::Foreign { problem: error.to_string() }
+    crate::journal::JournalError::Foreign {
+        problem: error.to_string(),
+    }
 }
 
 /// The whole life of the server; gives back the exit status that tells the holder what is left.
@@ -64,8 +82,16 @@ pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32
     sys::block_signals(&SIGNALS);
     // A file size limit that this process inherited is not the target's: a write past it would end the server.
     sys::block_signals(&[libc::SIGXFSZ]);
-    let _ = rustix::process::setrlimit(rustix::process::Resource::Fsize, rustix::process::Rlimit { current: None, maximum: None });
-    let dir = match StateDir::open(&config.state_dir, false).and_then(|state| state.attachment(&config.id)) {
+    let _ = rustix::process::setrlimit(
+        rustix::process::Resource::Fsize,
+        rustix::process::Rlimit {
+            current: None,
+            maximum: None,
+        },
+    );
+    let dir = match StateDir::open(&config.state_dir, false)
+        .and_then(|state| state.attachment(&config.id))
+    {
         Ok(dir) => dir,
         Err(error) => return give_up(&lifeline, &error.to_string()),
     };
@@ -85,7 +111,12 @@ pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32
             status.rules = counters();
             status.targets = targets()
                 .into_iter()
-                .filter_map(|pid| Some(TargetProcess { pid: u32::try_from(pid).ok()?, comm: inspect::comm(pid) }))
+                .filter_map(|pid| {
+                    Some(TargetProcess {
+                        pid: u32::try_from(pid).ok()?,
+                        comm: inspect::comm(pid),
+                    })
+                })
                 .collect();
         }),
         engine: engine_in.clone(),
@@ -93,7 +124,13 @@ pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32
     let started = control::bind(&dir.socket())
         .and_then(|listener| control::serve(listener, Arc::new(front)))
         .and_then(|()| watch_signals(engine_in.clone()))
-        .and_then(|()| if config.detach { Ok(()) } else { watch_lifeline(&lifeline, engine_in) });
+        .and_then(|()| {
+            if config.detach {
+                Ok(())
+            } else {
+                watch_lifeline(&lifeline, engine_in)
+            }
+        });
     if let Err(error) = started {
         return give_up(&lifeline, &error.to_string());
     }
@@ -122,7 +159,11 @@ pub(crate) use crate::hook::probe;
 pub(crate) fn publish_failure(board: &Board, error: &AttachError) {
     board.edit(|status| status.phase = Phase::Failed);
     let chain = error.cause_chain();
-    let cause = if chain.is_empty() { error.to_string() } else { format!("{error}: {chain}") };
+    let cause = if chain.is_empty() {
+        error.to_string()
+    } else {
+        format!("{error}: {chain}")
+    };
     board.publish(EventKind::Failed(Failed {
         step: error.step().name().to_owned(),
         cause,
@@ -134,7 +175,11 @@ pub(crate) fn publish_failure(board: &Board, error: &AttachError) {
 
 /// The exit status that a failure leaves the holder with.
 pub(crate) fn failure_code(error: &AttachError) -> i32 {
-    if error.rolled_back() { DONE } else { NEEDS_RECOVERY }
+    if error.rolled_back() {
+        DONE
+    } else {
+        NEEDS_RECOVERY
+    }
 }
 
 /// What the server says when it cannot even begin: the whole chain, on one line.
@@ -172,7 +217,13 @@ fn watch_signals(engine: mpsc::Sender<Command>) -> std::io::Result<()> {
         .spawn(move || {
             loop {
                 if sys::wait_signal(&SIGNALS, Duration::from_secs(3600)).is_some()
-                    && engine.send(Command::Recover { why: Why::Signal, force: false, answer: None }).is_err()
+                    && engine
+                        .send(Command::Recover {
+                            why: Why::Signal,
+                            force: false,
+                            answer: None,
+                        })
+                        .is_err()
                 {
                     return;
                 }
@@ -195,7 +246,11 @@ fn watch_lifeline(lifeline: &UnixStream, engine: mpsc::Sender<Command>) -> std::
                     _ => {}
                 }
             }
-            let _ = engine.send(Command::Recover { why: Why::LostLease, force: false, answer: None });
+            let _ = engine.send(Command::Recover {
+                why: Why::LostLease,
+                force: false,
+                answer: None,
+            });
         })
         .map(drop)
 }

@@ -47,7 +47,9 @@ pub(crate) struct ServeConfig {
 
 impl ServeConfig {
     pub(crate) fn lifetime(&self) -> Lifetime {
-        self.lifetime_ms.map_or(Lifetime::Forever, |ms| Lifetime::For(Duration::from_millis(ms)))
+        self.lifetime_ms.map_or(Lifetime::Forever, |ms| {
+            Lifetime::For(Duration::from_millis(ms))
+        })
     }
 }
 
@@ -71,9 +73,20 @@ fn fresh_id() -> Result<String, AttachError> {
     let id: String = random
         .iter()
         .take(got)
-        .filter_map(|byte| LETTERS.get(usize::from(*byte) % LETTERS.len()).map(|letter| char::from(*letter)))
+        .filter_map(|byte| {
+            LETTERS
+                .get(usize::from(*byte) % LETTERS.len())
+                .map(|letter| char::from(*letter))
+        })
         .collect();
-    if id.len() == random.len() { Ok(id) } else { Err(AttachError::new(Step::Journal, "too little randomness for an id")) }
+    if id.len() == random.len() {
+        Ok(id)
+    } else {
+        Err(AttachError::new(
+            Step::Journal,
+            "too little randomness for an id",
+        ))
+    }
 }
 
 /// Starts holder and server, and with them the attachment; its events tell how that goes, from `preflight` on to `injecting` or `failed`.
@@ -88,7 +101,11 @@ pub fn inject(options: &InjectOptions) -> Result<Session, AttachError> {
     let state_hint = "name another one with --state-dir";
     let dir = StateDir::open(&options.state_dir, true)
         .and_then(|state| state.create(&id))
-        .map_err(|error| AttachError::new(Step::Journal, "the state directory cannot be used").because(error).hinting(state_hint))?;
+        .map_err(|error| {
+            AttachError::new(Step::Journal, "the state directory cannot be used")
+                .because(error)
+                .hinting(state_hint)
+        })?;
     let config = ServeConfig {
         id: id.clone(),
         state_dir: options.state_dir.clone(),
@@ -101,7 +118,10 @@ pub fn inject(options: &InjectOptions) -> Result<Session, AttachError> {
             .as_ref()
             .map(serde_json::to_value)
             .transpose()
-            .map_err(|error| AttachError::new(Step::Options, "the rules cannot be written as JSON").because(error))?,
+            .map_err(|error| {
+                AttachError::new(Step::Options, "the rules cannot be written as JSON")
+                    .because(error)
+            })?,
         lifetime_ms: match options.lifetime {
             Lifetime::For(time) => Some(u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
             Lifetime::Forever => None,
@@ -116,41 +136,74 @@ pub fn inject(options: &InjectOptions) -> Result<Session, AttachError> {
     })
 }
 
-fn start(options: &InjectOptions, dir: &AttachmentDir, config: &ServeConfig) -> Result<Session, AttachError> {
+fn start(
+    options: &InjectOptions,
+    dir: &AttachmentDir,
+    config: &ServeConfig,
+) -> Result<Session, AttachError> {
     let spawn = |what: &str| {
         let what = what.to_owned();
         move |error: std::io::Error| AttachError::io(Step::Spawn, what, error)
     };
     let (ours, theirs) = UnixStream::pair().map_err(spawn("make the lifeline"))?;
-    let log = dir.create_own(&dir.log()).map_err(|error| AttachError::new(Step::Journal, "create the log").because(error))?;
-    let program = options.server_program.clone().unwrap_or_else(|| PathBuf::from("/proc/self/exe"));
+    let log = dir
+        .create_own(&dir.log())
+        .map_err(|error| AttachError::new(Step::Journal, "create the log").because(error))?;
+    let program = options
+        .server_program
+        .clone()
+        .unwrap_or_else(|| PathBuf::from("/proc/self/exe"));
     let mut command = Command::new(&program);
     command
         .arg0("hobble")
         .arg(SERVE_ARGUMENT)
         .arg(&config.id)
         .env_clear()
-        .envs(std::env::vars_os().filter(|(name, _)| matches!(name.to_str(), Some("HOBBLE_LOG" | "HOBBLE_MASK" | "HOBBLE_FAULT_POINT" | "RUST_BACKTRACE"))))
+        .envs(std::env::vars_os().filter(|(name, _)| {
+            matches!(
+                name.to_str(),
+                Some("HOBBLE_LOG" | "HOBBLE_MASK" | "HOBBLE_FAULT_POINT" | "RUST_BACKTRACE")
+            )
+        }))
         .current_dir("/")
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         .stderr(Stdio::from(log))
         .process_group(0);
-    let mut child = command.spawn().map_err(spawn(&format!("start {}", program.display())))?;
+    let mut child = command
+        .spawn()
+        .map_err(spawn(&format!("start {}", program.display())))?;
     drop(command);
-    let mut line = serde_json::to_vec(config).map_err(|error| AttachError::new(Step::Spawn, "write the server's configuration").because(error))?;
+    let mut line = serde_json::to_vec(config).map_err(|error| {
+        AttachError::new(Step::Spawn, "write the server's configuration").because(error)
+    })?;
     line.push(b'\n');
-    (&ours).write_all(&line).map_err(spawn("tell the server its configuration"))?;
-    ours.set_read_timeout(Some(READY_WITHIN)).map_err(spawn("bound the wait for the server"))?;
+    (&ours)
+        .write_all(&line)
+        .map_err(spawn("tell the server its configuration"))?;
+    ours.set_read_timeout(Some(READY_WITHIN))
+        .map_err(spawn("bound the wait for the server"))?;
     let mut answer = String::new();
     let read = BufReader::new(&ours).read_line(&mut answer);
     if read.is_err() || answer != "ready\n" {
         let _ = child.kill();
         let _ = child.wait();
         let log = std::fs::read_to_string(dir.log()).unwrap_or_default();
-        let said = log.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it left no message").to_owned();
-        let cause = if answer.is_empty() { said } else { answer.trim().to_owned() };
-        return Err(AttachError::new(Step::Spawn, format!("the server did not come up: {cause}")));
+        let said = log
+            .lines()
+            .rev()
+            .find(|line| !line.trim().is_empty())
+            .unwrap_or("it left no message")
+            .to_owned();
+        let cause = if answer.is_empty() {
+            said
+        } else {
+            answer.trim().to_owned()
+        };
+        return Err(AttachError::new(
+            Step::Spawn,
+            format!("the server did not come up: {cause}"),
+        ));
     }
     // The holder leads a session of its own and is nobody's to wait for; a thread reaps it should this process live on.
     std::thread::Builder::new()
@@ -158,7 +211,12 @@ fn start(options: &InjectOptions, dir: &AttachmentDir, config: &ServeConfig) -> 
         .spawn(move || child.wait())
         .map_err(spawn("start the reaper of the holder"))?;
     let events = Client::connect(&config.id, &dir.socket())?.events(true, None)?;
-    Ok(Session { id: config.id.clone(), socket: dir.socket(), events, lifeline: (!config.detach).then_some(ours) })
+    Ok(Session {
+        id: config.id.clone(),
+        socket: dir.socket(),
+        events,
+        lifeline: (!config.detach).then_some(ours),
+    })
 }
 
 impl Session {
@@ -205,7 +263,9 @@ impl Session {
     pub fn wait_injecting(&mut self, mut each: impl FnMut(&Event)) -> Result<(), AttachError> {
         use hobble_api::event::EventKind;
         while !self.ended() {
-            let Some(event) = self.next_event(Duration::from_secs(1))? else { continue };
+            let Some(event) = self.next_event(Duration::from_secs(1))? else {
+                continue;
+            };
             each(&event);
             match event.kind {
                 EventKind::Injecting(_) => return Ok(()),
@@ -214,23 +274,38 @@ impl Session {
                 _ => {}
             }
         }
-        Err(AttachError::new(Step::Inject, "the attachment ended before faults were on").exiting(ExitCode::TargetVanished))
+        Err(
+            AttachError::new(Step::Inject, "the attachment ended before faults were on")
+                .exiting(ExitCode::TargetVanished),
+        )
     }
 }
 
 /// A `failed` event as an error.
 #[must_use]
 pub fn failure(failed: hobble_api::event::Failed) -> AttachError {
-    let step = Step::ALL.into_iter().find(|step| step.name() == failed.step).unwrap_or(Step::Control);
+    let step = Step::ALL
+        .into_iter()
+        .find(|step| step.name() == failed.step)
+        .unwrap_or(Step::Control);
     let error = AttachError::new(step, failed.cause);
     let error = match failed.hint {
         Some(hint) => error.hinting(hint),
         None => error,
     };
     if failed.rolled_back {
-        let touched = !matches!(step, Step::Options | Step::Preflight | Step::Journal | Step::Spawn | Step::Serve);
-        let told = failed.exit.filter(|exit| matches!(exit, ExitCode::Usage | ExitCode::TargetVanished));
-        error.exiting(told.unwrap_or(if touched { ExitCode::RolledBack } else { ExitCode::Failed }))
+        let touched = !matches!(
+            step,
+            Step::Options | Step::Preflight | Step::Journal | Step::Spawn | Step::Serve
+        );
+        let told = failed
+            .exit
+            .filter(|exit| matches!(exit, ExitCode::Usage | ExitCode::TargetVanished));
+        error.exiting(told.unwrap_or(if touched {
+            ExitCode::RolledBack
+        } else {
+            ExitCode::Failed
+        }))
     } else {
         error.needing_recovery()
     }

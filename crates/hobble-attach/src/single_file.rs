@@ -23,23 +23,40 @@ fn literal(path: &[u8]) -> String {
 }
 
 /// Checks a document and narrows its rules to `directory/file`.
-pub(crate) fn check(document: &serde_json::Value, directory: &[u8], file: &[u8], step: Step) -> Result<Experiment, AttachError> {
+pub(crate) fn check(
+    document: &serde_json::Value,
+    directory: &[u8],
+    file: &[u8],
+    step: Step,
+) -> Result<Experiment, AttachError> {
     // First as it was written, so that positions and names in messages are the user's.
     let experiment = check_document(document, step)?;
     let mut absolute = directory.to_vec();
     absolute.push(b'/');
     absolute.extend(file);
-    let mut document: Document =
-        serde_json::from_value(document.clone()).map_err(|error| AttachError::new(step, "the rules cannot be read").because(error))?;
+    let mut document: Document = serde_json::from_value(document.clone())
+        .map_err(|error| AttachError::new(step, "the rules cannot be read").because(error))?;
     for (index, rule) in document.rules.iter_mut().enumerate() {
-        let name = experiment.rules().get(index).map_or_else(String::new, |rule| rule.name().to_owned());
-        let alone = Document { rules: vec![rule.clone()], ..document_without_rules() };
+        let name = experiment
+            .rules()
+            .get(index)
+            .map_or_else(String::new, |rule| rule.name().to_owned());
+        let alone = Document {
+            rules: vec![rule.clone()],
+            ..document_without_rules()
+        };
         let alone = hobble_rules::check(&alone).map_err(|found| diagnostics(&found, step))?;
         let plan = Plan::compile(&alone, 0, None, Duration::ZERO);
         if plan.match_path(file, &absolute).ops().is_empty() {
-            return Err(AttachError::new(step, format!("rule `{name}` matches another path than the hooked file {}", String::from_utf8_lossy(&absolute)))
-                .hinting("leave `path` out, or hook the directory")
-                .exiting(hobble_api::exit::ExitCode::Usage));
+            return Err(AttachError::new(
+                step,
+                format!(
+                    "rule `{name}` matches another path than the hooked file {}",
+                    String::from_utf8_lossy(&absolute)
+                ),
+            )
+            .hinting("leave `path` out, or hook the directory")
+            .exiting(hobble_api::exit::ExitCode::Usage));
         }
         rule.path = Some(OneOrMany::One(literal(&absolute)));
         rule.exclude = None;
@@ -60,7 +77,12 @@ mod tests {
         let document = serde_json::json!({"version": 1, "rules": [{"op": "write", "fault": {"errno": "EIO"}}]});
         let experiment = check(&document, b"/data", b"a[1]*.db", Step::Inject).unwrap();
         let plan = Plan::compile(&experiment, 0, None, Duration::ZERO);
-        assert!(!plan.match_path(b"a[1]*.db", b"/data/a[1]*.db").ops().is_empty());
+        assert!(
+            !plan
+                .match_path(b"a[1]*.db", b"/data/a[1]*.db")
+                .ops()
+                .is_empty()
+        );
         assert!(plan.match_path(b"a1x.db", b"/data/a1x.db").ops().is_empty());
     }
 

@@ -36,15 +36,24 @@ fn io_error(op: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateErr
 
 fn check_private_dir(path: &Path) -> Result<(), StateError> {
     let meta = fs::symlink_metadata(path).map_err(io_error("stat", path))?;
-    let refuse = |problem: String| StateError::Unsafe { path: path.to_owned(), problem };
+    let refuse = |problem: String| StateError::Unsafe {
+        path: path.to_owned(),
+        problem,
+    };
     if !meta.is_dir() {
         return Err(refuse("is not a directory".into()));
     }
     if meta.uid() != 0 {
-        return Err(refuse(format!("belongs to uid {}, not to root", meta.uid())));
+        return Err(refuse(format!(
+            "belongs to uid {}, not to root",
+            meta.uid()
+        )));
     }
     if meta.mode() & 0o022 != 0 {
-        return Err(refuse(format!("can be written by others (mode {:04o})", meta.mode() & 0o7777)));
+        return Err(refuse(format!(
+            "can be written by others (mode {:04o})",
+            meta.mode() & 0o7777
+        )));
     }
     Ok(())
 }
@@ -52,37 +61,58 @@ fn check_private_dir(path: &Path) -> Result<(), StateError> {
 /// Whether `id` is shaped like an attachment's id: what is read back from a directory listing or typed by a user.
 #[must_use]
 pub(crate) fn is_id(id: &str) -> bool {
-    (4..=32).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+    (4..=32).contains(&id.len())
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
 }
 
 impl StateDir {
     /// Opens the directory; with `create`, makes it (0700) when it is missing.
     pub(crate) fn open(path: &Path, create: bool) -> Result<Self, StateError> {
         if create {
-            match fs::DirBuilder::new().mode(0o700).recursive(true).create(path) {
+            match fs::DirBuilder::new()
+                .mode(0o700)
+                .recursive(true)
+                .create(path)
+            {
                 Ok(()) => {}
                 Err(error) => return Err(io_error("create", path)(error)),
             }
         }
         check_private_dir(path)?;
-        Ok(Self { path: path.to_owned() })
+        Ok(Self {
+            path: path.to_owned(),
+        })
     }
 
     /// Makes the directory of a new attachment.
     pub(crate) fn create(&self, id: &str) -> Result<AttachmentDir, StateError> {
         let path = self.path.join(id);
-        fs::DirBuilder::new().mode(0o700).create(&path).map_err(io_error("create", &path))?;
-        Ok(AttachmentDir { path, id: id.to_owned() })
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .map_err(io_error("create", &path))?;
+        Ok(AttachmentDir {
+            path,
+            id: id.to_owned(),
+        })
     }
 
     /// The directory of an attachment that exists.
     pub(crate) fn attachment(&self, id: &str) -> Result<AttachmentDir, StateError> {
         let path = self.path.join(id);
         if !is_id(id) {
-            return Err(StateError::Unsafe { path, problem: "is not named like an attachment".into() });
+            return Err(StateError::Unsafe {
+                path,
+                problem: "is not named like an attachment".into(),
+            });
         }
         check_private_dir(&path)?;
-        Ok(AttachmentDir { path, id: id.to_owned() })
+        Ok(AttachmentDir {
+            path,
+            id: id.to_owned(),
+        })
     }
 
     /// The ids of all attachments, sorted; what is not named like one is passed over.
@@ -124,14 +154,22 @@ impl AttachmentDir {
 
     /// Opens a file of ours for reading: no link, root's, not writable by others.
     pub(crate) fn open_own(&self, path: &Path) -> Result<fs::File, StateError> {
-        let fd: OwnedFd = rustix::fs::open(path, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())
-            .map_err(|e| io_error("open", path)(e.into()))?;
+        let fd: OwnedFd = rustix::fs::open(
+            path,
+            OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK,
+            Mode::empty(),
+        )
+        .map_err(|e| io_error("open", path)(e.into()))?;
         let file = fs::File::from(fd);
         let meta = file.metadata().map_err(io_error("stat", path))?;
         if !meta.is_file() || meta.uid() != 0 || meta.mode() & 0o022 != 0 {
             return Err(StateError::Unsafe {
                 path: path.to_owned(),
-                problem: format!("is not a regular file of root's that only root can write (uid {}, mode {:06o})", meta.uid(), meta.mode()),
+                problem: format!(
+                    "is not a regular file of root's that only root can write (uid {}, mode {:06o})",
+                    meta.uid(),
+                    meta.mode()
+                ),
             });
         }
         Ok(file)
@@ -182,12 +220,21 @@ mod tests {
         StateDir::open(&real, true).expect("fresh directory");
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&real, &link).expect("symlink");
-        assert!(matches!(StateDir::open(&link, false), Err(StateError::Unsafe { .. })));
+        assert!(matches!(
+            StateDir::open(&link, false),
+            Err(StateError::Unsafe { .. })
+        ));
         fs::set_permissions(&real, fs::Permissions::from_mode(0o777)).expect("chmod");
-        assert!(matches!(StateDir::open(&real, false), Err(StateError::Unsafe { .. })));
+        assert!(matches!(
+            StateDir::open(&real, false),
+            Err(StateError::Unsafe { .. })
+        ));
         let file = dir.path().join("file");
         fs::write(&file, b"").expect("write");
-        assert!(matches!(StateDir::open(&file, false), Err(StateError::Unsafe { .. })));
+        assert!(matches!(
+            StateDir::open(&file, false),
+            Err(StateError::Unsafe { .. })
+        ));
     }
 
     #[test]

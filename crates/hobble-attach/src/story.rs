@@ -37,7 +37,10 @@ pub(crate) struct Story {
 
 /// A process named by the journal, if its numbers are numbers of a process.
 pub(crate) fn process(who: Who) -> Option<ProcessId> {
-    Pid::new(who.pid).map(|pid| ProcessId { pid, start_time: who.start })
+    Pid::new(who.pid).map(|pid| ProcessId {
+        pid,
+        start_time: who.start,
+    })
 }
 
 impl Story {
@@ -46,21 +49,41 @@ impl Story {
     /// # Errors
     /// [`JournalError::Foreign`] when they tell of another boot or another attachment.
     pub(crate) fn of(records: Vec<Record>, id: &str) -> Result<Self, JournalError> {
-        let mut story = Self { source: crate::hook::source(id), ..Self::default() };
+        let mut story = Self {
+            source: crate::hook::source(id),
+            ..Self::default()
+        };
         for record in records {
             match record {
-                Record::Opened { id: named, boot_id, .. } => {
+                Record::Opened {
+                    id: named, boot_id, ..
+                } => {
                     if named != id {
-                        return Err(JournalError::Foreign { problem: format!("it names attachment `{named}`") });
+                        return Err(JournalError::Foreign {
+                            problem: format!("it names attachment `{named}`"),
+                        });
                     }
-                    let now = BootId::current().map_err(|error| JournalError::Foreign { problem: error.to_string() })?;
+                    let now = BootId::current().map_err(|error| JournalError::Foreign {
+                        problem: error.to_string(),
+                    })?;
                     if BootId::parse(boot_id.as_bytes()).is_none_or(|then| then != now) {
-                        return Err(JournalError::Foreign { problem: "it was written before the last boot: there is nothing left to undo".to_owned() });
+                        return Err(JournalError::Foreign {
+                            problem:
+                                "it was written before the last boot: there is nothing left to undo"
+                                    .to_owned(),
+                        });
                     }
                 }
                 Record::Holder(who) => story.holder = process(who),
                 Record::Server(who) => story.server = process(who),
-                Record::Attachment { target, scope, mount_ns, path, hook_dev, backing_dev } => {
+                Record::Attachment {
+                    target,
+                    scope,
+                    mount_ns,
+                    path,
+                    hook_dev,
+                    backing_dev,
+                } => {
                     // A new try: the hook of the one before is gone.
                     story.placing = None;
                     story.kept.clear();
@@ -75,19 +98,31 @@ impl Story {
                 Record::Keeping { kept } => story.kept.extend(kept),
                 Record::Locks { posix } => {
                     // A later round of the same attach names only what it moved.
-                    story.posix.retain(|known| !posix.iter().any(|lock| lock.who == known.who && lock.dev == known.dev && lock.ino == known.ino));
+                    story.posix.retain(|known| {
+                        !posix.iter().any(|lock| {
+                            lock.who == known.who && lock.dev == known.dev && lock.ino == known.ino
+                        })
+                    });
                     story.posix.extend(posix);
                 }
                 Record::Placing(around) => story.placing = Some(around),
                 Record::Residue { who, what } => match serde_json::from_value::<Residue>(what) {
-                    Ok(residue) if residue.pid == who.pid && residue.start_time == who.start => story.residues.push(residue),
-                    _ => tracing::warn!(pid = who.pid, "the journal's record of what was left in a process is not understood"),
+                    Ok(residue) if residue.pid == who.pid && residue.start_time == who.start => {
+                        story.residues.push(residue)
+                    }
+                    _ => tracing::warn!(
+                        pid = who.pid,
+                        "the journal's record of what was left in a process is not understood"
+                    ),
                 },
                 Record::Limit { pid, soft } => {
                     story.limits.entry(pid).or_insert(soft);
                 }
                 Record::Recovered { .. } => story.recovered = true,
-                Record::Stopping { .. } | Record::Grafting | Record::Attached | Record::Recovering { .. } => {}
+                Record::Stopping { .. }
+                | Record::Grafting
+                | Record::Attached
+                | Record::Recovering { .. } => {}
             }
         }
         Ok(story)
@@ -95,12 +130,14 @@ impl Story {
 
     /// The holder, if it still lives.
     pub(crate) fn living_holder(&self) -> Option<ProcessId> {
-        self.holder.filter(|process| process.is_alive().unwrap_or(false))
+        self.holder
+            .filter(|process| process.is_alive().unwrap_or(false))
     }
 
     /// The last server or recoverer, if it still lives.
     pub(crate) fn living_server(&self) -> Option<ProcessId> {
-        self.server.filter(|process| process.is_alive().unwrap_or(false))
+        self.server
+            .filter(|process| process.is_alive().unwrap_or(false))
     }
 }
 
@@ -111,19 +148,40 @@ mod tests {
     #[test]
     fn another_boot_and_another_id_are_refused() {
         let boot = BootId::current().unwrap().as_str().to_owned();
-        let opened = |id: &str, boot: &str| vec![Record::Opened { v: 1, id: id.into(), boot_id: boot.into(), created: 0 }];
+        let opened = |id: &str, boot: &str| {
+            vec![Record::Opened {
+                v: 1,
+                id: id.into(),
+                boot_id: boot.into(),
+                created: 0,
+            }]
+        };
         assert!(Story::of(opened("abcd", &boot), "abcd").is_ok());
-        assert!(matches!(Story::of(opened("abcd", &boot), "efgh"), Err(JournalError::Foreign { .. })));
+        assert!(matches!(
+            Story::of(opened("abcd", &boot), "efgh"),
+            Err(JournalError::Foreign { .. })
+        ));
         let other = "00000000-0000-0000-0000-000000000000";
-        assert!(matches!(Story::of(opened("abcd", other), "abcd"), Err(JournalError::Foreign { .. })));
+        assert!(matches!(
+            Story::of(opened("abcd", other), "abcd"),
+            Err(JournalError::Foreign { .. })
+        ));
     }
 
     #[test]
     fn a_forged_residue_is_not_believed() {
         let boot = BootId::current().unwrap().as_str().to_owned();
         let records = vec![
-            Record::Opened { v: 1, id: "abcd".into(), boot_id: boot, created: 0 },
-            Record::Residue { who: Who { pid: 1, start: 1 }, what: serde_json::json!({"pid": 2, "start_time": 1}) },
+            Record::Opened {
+                v: 1,
+                id: "abcd".into(),
+                boot_id: boot,
+                created: 0,
+            },
+            Record::Residue {
+                who: Who { pid: 1, start: 1 },
+                what: serde_json::json!({"pid": 2, "start_time": 1}),
+            },
         ];
         assert!(Story::of(records, "abcd").unwrap().residues.is_empty());
     }

@@ -12,7 +12,9 @@ use std::time::Duration;
 use hobble_api::exit::ExitCode;
 use hobble_graft::census::{FileFacts, FileKind};
 use hobble_graft::ids::{Device, ProcessId};
-use hobble_graft::mounts::{self, Covering, Filesystem, Location, MountNamespace, MountsError, PropagationRecord};
+use hobble_graft::mounts::{
+    self, Covering, Filesystem, Location, MountNamespace, MountsError, PropagationRecord,
+};
 use hobble_graft::proc::{mountinfo, tree};
 use rustix::mount::MountAttrFlags;
 
@@ -23,12 +25,35 @@ const WITHIN: Duration = Duration::from_secs(5);
 
 /// Filesystem types that hold no data of a program.
 const PSEUDO: &[&str] = &[
-    "proc", "sysfs", "devtmpfs", "devpts", "cgroup", "cgroup2", "securityfs", "debugfs", "tracefs", "configfs", "fusectl", "mqueue", "hugetlbfs", "bpf", "binfmt_misc", "pstore",
-    "efivarfs", "autofs", "rpc_pipefs", "nsfs", "sockfs", "pipefs",
+    "proc",
+    "sysfs",
+    "devtmpfs",
+    "devpts",
+    "cgroup",
+    "cgroup2",
+    "securityfs",
+    "debugfs",
+    "tracefs",
+    "configfs",
+    "fusectl",
+    "mqueue",
+    "hugetlbfs",
+    "bpf",
+    "binfmt_misc",
+    "pstore",
+    "efivarfs",
+    "autofs",
+    "rpc_pipefs",
+    "nsfs",
+    "sockfs",
+    "pipefs",
 ];
 
 /// Directories that are refused whatever is mounted there: programs and systems live in them, not data.
-const SYSTEM: &[&[u8]] = &[b"/", b"/proc", b"/sys", b"/dev", b"/run", b"/boot", b"/etc", b"/usr", b"/bin", b"/sbin", b"/lib", b"/lib64"];
+const SYSTEM: &[&[u8]] = &[
+    b"/", b"/proc", b"/sys", b"/dev", b"/run", b"/boot", b"/etc", b"/usr", b"/bin", b"/sbin",
+    b"/lib", b"/lib64",
+];
 
 /// A resolved volume; cheap to clone.
 #[derive(Debug, Clone)]
@@ -73,10 +98,14 @@ impl Volume {
     pub(crate) fn resolve(target: ProcessId, path: &Path) -> Result<Self, AttachError> {
         let usage = |text: String| AttachError::new(Step::Preflight, text).exiting(ExitCode::Usage);
         if !path.is_absolute() {
-            return Err(usage(format!("{} is not absolute", path.display())).hinting("give the path as the target sees it, from its root"));
+            return Err(usage(format!("{} is not absolute", path.display()))
+                .hinting("give the path as the target sees it, from its root"));
         }
         let pid = target.pid;
-        let namespace = MountNamespace::of(pid).map_err(failed(Step::Preflight, format!("open the mount namespace of process {pid}")))?;
+        let namespace = MountNamespace::of(pid).map_err(failed(
+            Step::Preflight,
+            format!("open the mount namespace of process {pid}"),
+        ))?;
         let found = Location::resolve(pid, path).map_err(|error| {
             let hint = match &error {
                 MountsError::Resolve { errno: rustix::io::Errno::ACCESS, .. } => "a security module may forbid it; run as root of the host",
@@ -88,46 +117,107 @@ impl Volume {
             FileKind::Directory => (found, None),
             FileKind::Regular => {
                 // A hook over the file itself would break whoever replaces it by rename (kernel-hazards D): its directory is hooked, and only the file faulted.
-                let name = found.path.file_name().map(|name| name.as_bytes().to_vec()).unwrap_or_default();
-                let parent = found.parent(pid).map_err(failed(Step::Preflight, format!("open the directory of {}", path.display())))?;
+                let name = found
+                    .path
+                    .file_name()
+                    .map(|name| name.as_bytes().to_vec())
+                    .unwrap_or_default();
+                let parent = found.parent(pid).map_err(failed(
+                    Step::Preflight,
+                    format!("open the directory of {}", path.display()),
+                ))?;
                 (parent, Some((name, found.inode)))
             }
-            other => return Err(usage(format!("{} is neither a directory nor a regular file ({other:?})", path.display()))),
+            other => {
+                return Err(usage(format!(
+                    "{} is neither a directory nor a regular file ({other:?})",
+                    path.display()
+                )));
+            }
         };
         let info = mountinfo::of_process(pid)
-            .map_err(|error| AttachError::new(Step::Preflight, "read the target's mounts").because(error))?
+            .map_err(|error| {
+                AttachError::new(Step::Preflight, "read the target's mounts").because(error)
+            })?
             .into_iter()
             .find(|known| known.id == location.mount)
-            .ok_or_else(|| AttachError::new(Step::Preflight, format!("{} lies on a mount that process {pid} does not list", path.display())))?;
+            .ok_or_else(|| {
+                AttachError::new(
+                    Step::Preflight,
+                    format!(
+                        "{} lies on a mount that process {pid} does not list",
+                        path.display()
+                    ),
+                )
+            })?;
         let printed = std::fs::read_link(format!("/proc/self/fd/{}", location.file.as_raw_fd()))
-            .map_err(|error| AttachError::io(Step::Preflight, "read back the volume's path", error))?;
+            .map_err(|error| {
+                AttachError::io(Step::Preflight, "read back the volume's path", error)
+            })?;
         let absolute = location.path.as_os_str().as_bytes();
         let absolute = absolute.strip_suffix(b"/").unwrap_or(absolute).to_vec();
         Ok(Self {
-            inner: Arc::new(Inner { location, namespace, target, info, absolute, printed: printed.as_os_str().as_bytes().to_vec(), file }),
+            inner: Arc::new(Inner {
+                location,
+                namespace,
+                target,
+                info,
+                absolute,
+                printed: printed.as_os_str().as_bytes().to_vec(),
+                file,
+            }),
         })
     }
 
     /// What stands against hooking it: a short name, a sentence, a hint, and whether it is reason enough to refuse.
-    pub(crate) fn objections(&self, state_dir: &Path, mut object: impl FnMut(&str, String, Option<&str>, bool)) {
+    pub(crate) fn objections(
+        &self,
+        state_dir: &Path,
+        mut object: impl FnMut(&str, String, Option<&str>, bool),
+    ) {
         let inner = &*self.inner;
         let name = self.display();
         let fs_type = inner.info.fs_type.to_string_lossy().into_owned();
         if SYSTEM.contains(&inner.absolute.as_slice()) || inner.absolute.is_empty() {
-            object("system_directory", format!("{name} is a directory of the system, not of a program's data"), Some("name the directory that holds the data"), true);
+            object(
+                "system_directory",
+                format!("{name} is a directory of the system, not of a program's data"),
+                Some("name the directory that holds the data"),
+                true,
+            );
         }
         if PSEUDO.contains(&fs_type.as_str()) {
-            object("pseudo_filesystem", format!("{name} is on {fs_type}, which holds no data"), None, true);
+            object(
+                "pseudo_filesystem",
+                format!("{name} is on {fs_type}, which holds no data"),
+                None,
+                true,
+            );
         }
         if fs_type == "fuse.hobble" {
-            object("attached", format!("{name} is attached already"), Some("`hobble ps` lists the attachments; `hobble update` changes the rules of one"), true);
+            object(
+                "attached",
+                format!("{name} is attached already"),
+                Some("`hobble ps` lists the attachments; `hobble update` changes the rules of one"),
+                true,
+            );
         } else if fs_type.starts_with("fuse") {
-            object("fuse_backing", format!("{name} is itself on a FUSE filesystem ({fs_type}): reads and writes pass two servers"), None, false);
+            object(
+                "fuse_backing",
+                format!(
+                    "{name} is itself on a FUSE filesystem ({fs_type}): reads and writes pass two servers"
+                ),
+                None,
+                false,
+            );
         }
         if self.covers(state_dir) {
             object(
                 "own_files",
-                format!("hobble's own state directory {} lies in {name}", state_dir.display()),
+                format!(
+                    "hobble's own state directory {} lies in {name}",
+                    state_dir.display()
+                ),
                 Some("name one outside the volume with --state-dir"),
                 true,
             );
@@ -136,23 +226,38 @@ impl Volume {
             let mount_point = inner.info.mount_point.display();
             object(
                 "sub_directory",
-                format!("{name} is not the root of a mount: rename(2) and link(2) across its edge fail with EXDEV, and the directory itself cannot be renamed or removed while attached"),
-                Some(&format!("hook {mount_point} and filter by path to avoid that")),
+                format!(
+                    "{name} is not the root of a mount: rename(2) and link(2) across its edge fail with EXDEV, and the directory itself cannot be renamed or removed while attached"
+                ),
+                Some(&format!(
+                    "hook {mount_point} and filter by path to avoid that"
+                )),
                 false,
             );
         }
         if let Some((file, _)) = &inner.file {
             object(
                 "single_file",
-                format!("the directory of {} is hooked and only that file faulted", String::from_utf8_lossy(file)),
+                format!(
+                    "the directory of {} is hooked and only that file faulted",
+                    String::from_utf8_lossy(file)
+                ),
                 None,
                 false,
             );
         }
         let submounts = mounts::submounts(inner.target.pid, &inner.location).unwrap_or_default();
         if !submounts.is_empty() {
-            let list: Vec<String> = submounts.iter().map(|mount| mount.mount_point.display().to_string()).collect();
-            object("submounts", format!("mounts below {name} stay native: {}", list.join(", ")), None, false);
+            let list: Vec<String> = submounts
+                .iter()
+                .map(|mount| mount.mount_point.display().to_string())
+                .collect();
+            object(
+                "submounts",
+                format!("mounts below {name} stay native: {}", list.join(", ")),
+                None,
+                false,
+            );
         }
     }
 
@@ -161,7 +266,9 @@ impl Volume {
         let location = &self.inner.location;
         let mut next = Some(std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned()));
         while let Some(path) = next {
-            if rustix::fs::stat(&path).is_ok_and(|stat| Device::from_raw(stat.st_dev) == location.device && stat.st_ino == location.inode) {
+            if rustix::fs::stat(&path).is_ok_and(|stat| {
+                Device::from_raw(stat.st_dev) == location.device && stat.st_ino == location.inode
+            }) {
                 return true;
             }
             next = path.parent().map(PathBuf::from);
@@ -204,12 +311,18 @@ impl Volume {
     /// For messages.
     pub(crate) fn display(&self) -> String {
         let text = String::from_utf8_lossy(&self.inner.absolute).into_owned();
-        if text.is_empty() { "/".to_owned() } else { text }
+        if text.is_empty() {
+            "/".to_owned()
+        } else {
+            text
+        }
     }
 
     /// A path of a file of the volume, relative to its root; also one that the kernel prints from the root of a mount that is attached nowhere.
     pub(crate) fn relative(&self, path: &Path) -> Vec<u8> {
-        below(&self.inner.printed, path).or_else(|| below(b"/", path)).unwrap_or_default()
+        below(&self.inner.printed, path)
+            .or_else(|| below(b"/", path))
+            .unwrap_or_default()
     }
 
     /// The name of the only file that rules are for.
@@ -224,43 +337,64 @@ impl Volume {
 
     /// Whether anybody is left in the target's mount namespace.
     pub(crate) fn is_inhabited(&self) -> bool {
-        tree::in_mount_namespace(self.inner.namespace.id()).map_or(true, |found| !found.processes.is_empty())
+        tree::in_mount_namespace(self.inner.namespace.id())
+            .map_or(true, |found| !found.processes.is_empty())
     }
 
     /// Filesystems that are stacked below the volume's.
     pub(crate) fn stack_depth(&self) -> u32 {
-        u32::from(matches!(self.inner.info.fs_type.to_str(), Some("overlay" | "ecryptfs")))
+        u32::from(matches!(
+            self.inner.info.fs_type.to_str(),
+            Some("overlay" | "ecryptfs")
+        ))
     }
 
     /// The flags of the covered mount, for the hook to have them too.
     pub(crate) fn mount_flags(&self) -> Result<MountAttrFlags, AttachError> {
-        let attributes =
-            mounts::attributes_of(&self.inner.location.file).map_err(failed(Step::Serve, "read the flags of the volume's mount"))?;
-        Ok(MountAttrFlags::from_bits_retain(u32::try_from(attributes).unwrap_or(0)))
+        let attributes = mounts::attributes_of(&self.inner.location.file)
+            .map_err(failed(Step::Serve, "read the flags of the volume's mount"))?;
+        Ok(MountAttrFlags::from_bits_retain(
+            u32::try_from(attributes).unwrap_or(0),
+        ))
     }
 
     /// The directory on the target's own mount.
     pub(crate) fn native(&self) -> Result<OwnedFd, AttachError> {
-        self.inner.location.file.try_clone().map_err(|error| AttachError::io(Step::Serve, "duplicate the volume's descriptor", error))
+        self.inner.location.file.try_clone().map_err(|error| {
+            AttachError::io(Step::Serve, "duplicate the volume's descriptor", error)
+        })
     }
 
     /// A private copy of the tree, mounted nowhere, without the mounts below it.
     pub(crate) fn clone_tree(&self) -> Result<OwnedFd, AttachError> {
-        mounts::clone_tree(&self.inner.namespace, &self.inner.location, false, WITHIN)
-            .map_err(failed(Step::Serve, format!("copy the tree of {}", self.display())))
+        mounts::clone_tree(&self.inner.namespace, &self.inner.location, false, WITHIN).map_err(
+            failed(Step::Serve, format!("copy the tree of {}", self.display())),
+        )
     }
 
     /// What placing is going to change, for the journal.
     pub(crate) fn propagation(&self) -> Result<PropagationRecord, AttachError> {
-        Covering::record(&self.inner.namespace, &self.inner.location, WITHIN)
-            .map_err(failed(Step::Mount, format!("read how mounts around {} propagate", self.display())))
+        Covering::record(&self.inner.namespace, &self.inner.location, WITHIN).map_err(failed(
+            Step::Mount,
+            format!("read how mounts around {} propagate", self.display()),
+        ))
     }
 
     /// Puts a detached mount over the directory.
-    pub(crate) fn place(&self, mount: BorrowedFd<'_>, record: PropagationRecord) -> Result<Covering, AttachError> {
-        let namespace = self.inner.namespace.try_clone().map_err(failed(Step::Mount, "hold the target's mount namespace"))?;
-        Covering::place(namespace, &self.inner.location, mount, record, WITHIN)
-            .map_err(failed(Step::Mount, format!("put the hook over {}", self.display())))
+    pub(crate) fn place(
+        &self,
+        mount: BorrowedFd<'_>,
+        record: PropagationRecord,
+    ) -> Result<Covering, AttachError> {
+        let namespace = self
+            .inner
+            .namespace
+            .try_clone()
+            .map_err(failed(Step::Mount, "hold the target's mount namespace"))?;
+        Covering::place(namespace, &self.inner.location, mount, record, WITHIN).map_err(failed(
+            Step::Mount,
+            format!("put the hook over {}", self.display()),
+        ))
     }
 
     /// Names below the volume that must show through the hook: what is mounted there, and the sockets, FIFOs and devices that are in use.
@@ -303,7 +437,11 @@ fn bound_sockets(process: ProcessId) -> Vec<PathBuf> {
     let text = std::fs::read(format!("/proc/{}/net/unix", process.pid)).unwrap_or_default();
     text.split(|byte| *byte == b'\n')
         .skip(1)
-        .filter_map(|line| line.iter().position(|byte| *byte == b'/').and_then(|at| line.get(at..)))
+        .filter_map(|line| {
+            line.iter()
+                .position(|byte| *byte == b'/')
+                .and_then(|at| line.get(at..))
+        })
         .map(|path| PathBuf::from(std::ffi::OsStr::from_bytes(path)))
         .collect()
 }
@@ -311,7 +449,9 @@ fn bound_sockets(process: ProcessId) -> Vec<PathBuf> {
 /// Takes a placed hook away, here and in copies of the namespace.
 pub(crate) fn remove(covering: Covering, source: &str) -> Result<(), AttachError> {
     let device = covering.device();
-    let removed = covering.remove(WITHIN).map_err(failed(Step::Recover, "take the hook away"));
+    let removed = covering
+        .remove(WITHIN)
+        .map_err(failed(Step::Recover, "take the hook away"));
     // Sandboxes made while attached have copies of their own.
     remove_everywhere(device, source)?;
     removed
@@ -319,14 +459,21 @@ pub(crate) fn remove(covering: Covering, source: &str) -> Result<(), AttachError
 
 /// Whether one of our filesystems is mounted anywhere.
 pub(crate) fn is_sighted(device: Device, source: &str) -> bool {
-    let filesystem = Filesystem { device, source: source.into() };
+    let filesystem = Filesystem {
+        device,
+        source: source.into(),
+    };
     mounts::sightings(filesystem, WITHIN).is_ok_and(|found| !found.is_empty())
 }
 
 /// Removes every mount of one of our filesystems from every mount namespace on this host.
 pub(crate) fn remove_everywhere(device: Device, source: &str) -> Result<(), AttachError> {
-    let filesystem = Filesystem { device, source: source.into() };
-    let left = mounts::remove_leftovers(filesystem, WITHIN).map_err(failed(Step::Recover, "look for mounts of the hook"))?;
+    let filesystem = Filesystem {
+        device,
+        source: source.into(),
+    };
+    let left = mounts::remove_leftovers(filesystem, WITHIN)
+        .map_err(failed(Step::Recover, "look for mounts of the hook"))?;
     for leftover in &left {
         tracing::warn!(path = %leftover.path.display(), namespace = leftover.namespace.0, refused = ?leftover.refused, "a mount of the hook cannot be removed");
     }
@@ -334,7 +481,15 @@ pub(crate) fn remove_everywhere(device: Device, source: &str) -> Result<(), Atta
 }
 
 /// Gives the mount around a volume the propagation back that a dead server had changed.
-pub(crate) fn restore_propagation(volume: &Volume, record: PropagationRecord) -> Result<(), AttachError> {
-    Covering::restore(&volume.inner.namespace, &volume.inner.location, record, WITHIN)
-        .map_err(failed(Step::Recover, "give a mount its propagation back"))
+pub(crate) fn restore_propagation(
+    volume: &Volume,
+    record: PropagationRecord,
+) -> Result<(), AttachError> {
+    Covering::restore(
+        &volume.inner.namespace,
+        &volume.inner.location,
+        record,
+        WITHIN,
+    )
+    .map_err(failed(Step::Recover, "give a mount its propagation back"))
 }

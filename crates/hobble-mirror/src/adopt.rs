@@ -8,7 +8,7 @@
 //! is told has gone, so that `/proc/<pid>/fd` shows `(deleted)` as it did before; an original without any name that may still get one (`O_TMPFILE`) by an `O_TMPFILE` of
 //! our own, since the kernel remembers on the inode that it may be linked (`I_LINKABLE`, fs/namei.c `vfs_link`).
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -374,6 +374,10 @@ impl Mirror {
     /// [identified](Mirror::identify); until then, and after such a file was closed, they count as processes.
     #[must_use]
     pub fn has_seen_posix_locks(&self, node: NodeId) -> bool {
+        // Most files have seen none at all, and asking every handle for each of thousands of files would take seconds.
+        if !self.inner.locks.has_seen_others(node, &BTreeSet::new()) {
+            return false;
+        }
         let ofd = self
             .inner
             .handles

@@ -75,7 +75,8 @@ pub(crate) fn wait_signal(signals: &[i32], timeout: std::time::Duration) -> Opti
 /// Gives the calling, single-threaded process a mount namespace of its own.
 pub(crate) fn unshare_mounts() -> io::Result<()> {
     // SAFETY: unsharing the mount namespace changes no memory and no descriptor; rustix marks it unsafe only for CLONE_FILES.
-    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.map_err(io::Error::from)
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }
+        .map_err(io::Error::from)
 }
 
 /// Takes over a descriptor that the parent left open for this process and named in its arguments.
@@ -87,7 +88,10 @@ pub(crate) fn inherited(number: i32) -> std::os::fd::OwnedFd {
 
 /// Sets the soft limit on descriptors of another process, its hard limit left alone.
 pub(crate) fn set_soft_descriptor_limit(pid: i32, soft: u64) -> io::Result<()> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
     // SAFETY: the kernel writes one rlimit to a valid place; nothing is set.
     let read = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &mut limit) };
     if read != 0 {
@@ -96,13 +100,33 @@ pub(crate) fn set_soft_descriptor_limit(pid: i32, soft: u64) -> io::Result<()> {
     limit.rlim_cur = soft.min(limit.rlim_max);
     // SAFETY: the kernel reads one rlimit; nothing is written.
     let set = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) };
-    if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if set == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Gives up every byte-range lock of an open file description.
 pub(crate) fn unlock_description(fd: std::os::fd::BorrowedFd<'_>) -> io::Result<()> {
-    let lock = libc::flock { l_type: libc::F_UNLCK as libc::c_short, l_whence: libc::SEEK_SET as libc::c_short, l_start: 0, l_len: 0, l_pid: 0 };
+    let lock = libc::flock {
+        l_type: libc::F_UNLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
     // SAFETY: F_OFD_SETLK reads one flock structure (fcntl(2)).
-    let done = unsafe { libc::fcntl(std::os::fd::AsRawFd::as_raw_fd(&fd), libc::F_OFD_SETLK, &lock) };
-    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    let done = unsafe {
+        libc::fcntl(
+            std::os::fd::AsRawFd::as_raw_fd(&fd),
+            libc::F_OFD_SETLK,
+            &lock,
+        )
+    };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
