@@ -793,9 +793,11 @@ impl Engine {
         for not_moved in &report.not_moved {
             match not_moved {
                 NotMoved::Mapping { space, start, .. } => {
-                    drop(self.immovable.insert((*space, *start)))
+                    self.immovable.insert((*space, *start));
                 }
-                NotMoved::Directory { fs, .. } => drop(self.stuck.insert(*fs)),
+                NotMoved::Directory { fs, .. } => {
+                    self.stuck.insert(*fs);
+                }
                 _ => {}
             }
         }
