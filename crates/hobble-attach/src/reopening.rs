@@ -44,10 +44,8 @@ impl Engine {
                 "the kernel still waits for an operation before it drops what it has cached"
             );
         }
-        if plan.is_none() {
-            // What was delayed by rules that are off is not to wait any longer.
-            hook.release_delayed();
-        }
+        // What waits was delayed by the former rules, which are no more: it is carried out now.
+        hook.release_delayed();
         self.in_force = plan;
         if !change.must_reopen.is_empty()
             && let Err(error) = self.reopen(&change.must_reopen, step)

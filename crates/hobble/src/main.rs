@@ -62,6 +62,8 @@ fn log(default: &str) {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(false)
+        // Told on standard error, which panics when that is what failed: a full disk must not end the server.
+        .log_internal_errors(false)
         .init();
 }
 
