@@ -3,29 +3,29 @@
 //! Invariants: the target stands still only between [`Stopped`]'s making and its drop, and never longer than `--max-pause` plus the undoing of
 //! what was begun; whatever fails leaves it native. Stand-ins are opened while the target runs; what changed meanwhile is found by a
 //! second look while it stands still.
+//!
+//! Length: one transaction, whose order is the point: reading it in pieces would hide what undoes what.
 
-use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use hobble_api::event::EventKind;
 use hobble_api::status::{NotCovered as NotCoveredStatus, Scope, Verdict};
-use hobble_graft::census::{self, Census, DescriptionId, Difference, FsId, MappedFileId, SpaceId};
+use hobble_graft::census::{self, Census, SpaceId};
 use hobble_graft::ids::{Pid, ProcessId};
 use hobble_graft::proc::tree;
 use hobble_graft::stop::{Deadline, StopError, Stopped, Tracer};
-use hobble_graft::switch::{NotMoved, Report, Switch};
+use hobble_graft::switch::{NotMoved, Report};
 
 use crate::engine::{Engine, Moved};
 use crate::error::{AttachError, Step};
 use crate::fault_point;
 use crate::hook::Hook;
-use crate::journal::{Kept, Place, Record, Who};
+use crate::journal::{Record, Who};
 use crate::journaling::Steps;
 use crate::lock_keeper::Inwards;
 use crate::preflight::{self, chain};
+use crate::stand_ins::StandIns;
 use crate::volume::Volume;
-use hobble_mirror::adopt::{AdoptedId, HandleId};
 
 /// How often a target that could not be stopped in time is tried again: a slow fsync may just have been under way.
 const TRIES: u32 = 3;
@@ -94,187 +94,6 @@ pub(crate) fn processes(target: ProcessId, scope: Scope) -> Result<Vec<ProcessId
     };
     found.retain(|process| !is_own(process.pid));
     Ok(found)
-}
-
-/// What replaces what the census found: opened on the hook, each bound to the original it stands for.
-#[derive(Default)]
-pub(crate) struct StandIns {
-    descriptions: BTreeMap<DescriptionId, OwnedFd>,
-    adopted: BTreeMap<DescriptionId, AdoptedId>,
-    files: BTreeMap<MappedFileId, OwnedFd>,
-    directories: BTreeMap<(FsId, bool), OwnedFd>,
-    /// Adopted for the sake of a stand-in only: mappings and directories keep their files themselves.
-    passing: Vec<AdoptedId>,
-    /// What could not be opened on the hook, and why: it stays native and is reported.
-    failed: Vec<NotCoveredStatus>,
-    unopened: usize,
-}
-
-impl StandIns {
-    /// Opens what is missing. Gives back the descriptions that are new, for the journal.
-    fn complete(&mut self, hook: &Hook, census: &Census, mut each: impl FnMut(usize)) -> Vec<Kept> {
-        let mut kept = Vec::new();
-        let mut opened = 0;
-        self.failed.clear();
-        self.unopened = 0;
-        for description in census.descriptions() {
-            if self.descriptions.contains_key(&description.id) {
-                continue;
-            }
-            let found: Vec<Place> = description
-                .places
-                .iter()
-                .flat_map(|place| places(census, *place))
-                .collect();
-            let pid = found
-                .first()
-                .and_then(|place| u32::try_from(place.who.pid).ok())
-                .unwrap_or(0);
-            match hook.stand_in_for(description, pid) {
-                Ok((holder_fd, id, stand_in)) => {
-                    let (dev, ino) = (description.facts.device.raw(), description.facts.inode);
-                    kept.push(Kept {
-                        holder_fd,
-                        dev,
-                        ino,
-                        places: found,
-                    });
-                    self.adopted.insert(description.id, id);
-                    self.descriptions.insert(description.id, stand_in);
-                }
-                Err(error) => {
-                    self.unopened += 1;
-                    self.failed
-                        .push(not_opened(&description.facts.path, &error));
-                }
-            }
-            opened += 1;
-            each(opened);
-        }
-        for file in census.mapped_files() {
-            if self.files.contains_key(&file.id) {
-                continue;
-            }
-            match hook.stand_in_for_mapping(file) {
-                Ok((id, stand_in)) => {
-                    self.passing.push(id);
-                    self.files.insert(file.id, stand_in);
-                }
-                Err(error) => self.failed.push(not_opened(&file.facts.path, &error)),
-            }
-            opened += 1;
-            each(opened);
-        }
-        // Directories are opened every time: an id stays while its directory changes.
-        self.directories.clear();
-        for fs in census.fs_structs() {
-            for (directory, is_root) in [(&fs.cwd, false), (&fs.root, true)] {
-                let Some(directory) = directory else { continue };
-                match hook.stand_in_for_directory(directory) {
-                    Ok((id, stand_in)) => {
-                        self.passing.push(id);
-                        self.directories.insert((fs.id, is_root), stand_in);
-                    }
-                    Err(error) => self.failed.push(not_opened(&directory.facts.path, &error)),
-                }
-            }
-        }
-        kept
-    }
-
-    /// Forgets what a second look found gone.
-    fn forget(&mut self, hook: &Hook, difference: &Difference) {
-        for gone in &difference.vanished {
-            self.descriptions.remove(&gone.id);
-            if let Some(id) = self.adopted.remove(&gone.id) {
-                hook.mirror().disown(id);
-            }
-        }
-    }
-
-    /// Handles of the stand-ins for files on which POSIX locks are held.
-    fn locked_handles(&self, hook: &Hook, census: &Census) -> BTreeMap<(u64, u64), Vec<HandleId>> {
-        let mut handles: BTreeMap<(u64, u64), Vec<HandleId>> = BTreeMap::new();
-        for description in census
-            .descriptions()
-            .filter(|description| description.locks.iter().any(|held| held.table.is_some()))
-        {
-            let Some(stand_in) = self.descriptions.get(&description.id) else {
-                continue;
-            };
-            if let Ok(info) = hook.mirror().identify(stand_in.as_fd())
-                && let Some(handle) = info.handle
-            {
-                handles
-                    .entry((description.facts.device.raw(), description.facts.inode))
-                    .or_default()
-                    .push(handle);
-            }
-        }
-        handles
-    }
-
-    /// The exchange of everything that has a stand-in, which it takes.
-    fn switch<'c>(&mut self, census: &'c Census) -> Switch<'c> {
-        let mut switch = Switch::new(census);
-        for (id, stand_in) in std::mem::take(&mut self.descriptions) {
-            switch.description(id, stand_in);
-        }
-        for (id, stand_in) in std::mem::take(&mut self.files) {
-            switch.mapped_file(id, stand_in);
-        }
-        for ((id, is_root), stand_in) in std::mem::take(&mut self.directories) {
-            if is_root {
-                switch.root_directory(id, stand_in)
-            } else {
-                switch.working_directory(id, stand_in)
-            }
-        }
-        switch
-    }
-
-    /// After an exchange that did not happen: nothing stands in for anything, the originals need not be kept.
-    fn disown_all(&mut self, hook: &Hook) {
-        for (_, id) in std::mem::take(&mut self.adopted) {
-            hook.mirror().disown(id);
-        }
-        self.disown_passing(hook);
-    }
-
-    /// After an exchange: mappings and directories hold what they need themselves.
-    fn disown_passing(&mut self, hook: &Hook) {
-        for id in std::mem::take(&mut self.passing) {
-            hook.mirror().disown(id);
-        }
-    }
-}
-
-fn not_opened(path: &std::path::Path, error: &dyn std::error::Error) -> NotCoveredStatus {
-    NotCoveredStatus {
-        what: path.display().to_string(),
-        reason: format!("it cannot be opened on the hook: {}", chain(error)),
-        pid: None,
-    }
-}
-
-fn places(census: &Census, place: census::Place) -> Vec<Place> {
-    let table = census.tables().iter().find(|table| table.id == place.table);
-    let mut pids: Vec<Pid> = table
-        .map(|table| table.members.iter().map(|member| member.pid).collect())
-        .unwrap_or_default();
-    pids.dedup();
-    pids.into_iter()
-        .filter_map(|pid| {
-            census
-                .processes()
-                .iter()
-                .find(|process| process.id.pid == pid)
-        })
-        .map(|process| Place {
-            who: who(process.id),
-            fd: place.fd.as_raw(),
-        })
-        .collect()
 }
 
 /// The living children of a process's threads (`/proc/<pid>/task/<tid>/children`, exact while the parent stands still; proc_pid_children(5)).
@@ -565,7 +384,7 @@ impl Engine {
         let mut watch = StopWatch::start();
         let mut stopped = tracer
             .stop_all(&list, deadline)
-            .map_err(|error| stop_failed(Step::Stop, error))?;
+            .map_err(|error| self.stop_failed(Step::Stop, error))?;
         watch.lap("stop");
         self.add_newborn(&mut stopped, deadline)?;
         watch.lap("newborn");
@@ -656,7 +475,7 @@ impl Engine {
             }
             stopped
                 .add(&born, deadline)
-                .map_err(|error| stop_failed(Step::Stop, error))?;
+                .map_err(|error| self.stop_failed(Step::Stop, error))?;
         }
         Err(AttachError::new(
             Step::Stop,
@@ -788,6 +607,17 @@ impl Engine {
         Ok(())
     }
 
+    /// A failed stop. That some descendant exited just then is no failure of the target's, and may be tried again.
+    fn stop_failed(&self, step: Step, error: StopError) -> AttachError {
+        let stranger = matches!(&error, StopError::Gone { pid } if pid.as_raw() != self.config.pid);
+        let failed = stop_failed(step, error);
+        if stranger {
+            failed.exiting(hobble_api::exit::ExitCode::RolledBack)
+        } else {
+            failed
+        }
+    }
+
     /// What an exchange left native for a reason that another one would meet again.
     fn remember_stuck(&mut self, report: &Report) {
         for not_moved in &report.not_moved {
@@ -850,30 +680,9 @@ fn note(moved: &mut Moved, census: &Census, report: &Report, volume: &Volume) {
         .map(|description| description.locks.len())
         .sum();
     moved.locks += held as u64;
-    for not_moved in &report.not_moved {
-        moved.not_covered.push(match not_moved {
-            NotMoved::Mapping { start, reason, .. } => NotCoveredStatus {
-                what: format!("the mapping at {start:#x}"),
-                reason: (*reason).to_owned(),
-                pid: None,
-            },
-            NotMoved::Directory { is_root, errno, .. } => NotCoveredStatus {
-                what: if *is_root {
-                    "a root directory"
-                } else {
-                    "a working directory"
-                }
-                .to_owned(),
-                reason: format!("the target may not enter it: {errno}"),
-                pid: None,
-            },
-            other => NotCoveredStatus {
-                what: format!("{other:?}"),
-                reason: "it stays native".to_owned(),
-                pid: None,
-            },
-        });
-    }
+    moved
+        .not_covered
+        .extend(report.not_moved.iter().map(not_moved));
     for not_covered in census.not_covered() {
         let (code, text) = preflight::describe(not_covered, volume);
         if let Some(text) = text {
@@ -886,5 +695,31 @@ fn note(moved: &mut Moved, census: &Census, report: &Report, volume: &Volume) {
                 moved.not_covered.push(entry);
             }
         }
+    }
+}
+
+/// What an exchange left where it was, for the report.
+pub(crate) fn not_moved(not_moved: &NotMoved) -> NotCoveredStatus {
+    match not_moved {
+        NotMoved::Mapping { start, reason, .. } => NotCoveredStatus {
+            what: format!("the mapping at {start:#x}"),
+            reason: (*reason).to_owned(),
+            pid: None,
+        },
+        NotMoved::Directory { is_root, errno, .. } => NotCoveredStatus {
+            what: if *is_root {
+                "a root directory"
+            } else {
+                "a working directory"
+            }
+            .to_owned(),
+            reason: format!("the target may not enter it: {errno}"),
+            pid: None,
+        },
+        other => NotCoveredStatus {
+            what: format!("{other:?}"),
+            reason: "it stays native".to_owned(),
+            pid: None,
+        },
     }
 }

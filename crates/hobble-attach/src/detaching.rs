@@ -96,6 +96,7 @@ impl Engine {
         force: bool,
         given: &mut GivenBack,
     ) -> Result<(), AttachError> {
+        let mut immovable: Vec<NotCoveredStatus> = Vec::new();
         for round in 0..ROUNDS {
             let Some(hook) = self.hook.as_ref() else {
                 return Err(no_hook());
@@ -112,8 +113,9 @@ impl Engine {
                     .iter()
                     .filter(|fs| fs.cwd.is_some() || fs.root.is_some())
                     .count();
-            if moves == 0 && !hook.is_placed() {
+            if moves <= immovable.len() && !hook.is_placed() {
                 given.left = left(hook, &census, &stays);
+                given.left.append(&mut immovable);
                 return Ok(());
             }
             if moves == 0 {
@@ -136,6 +138,7 @@ impl Engine {
                         error = chain(&error),
                         "not everybody could be stopped; trying again"
                     );
+                    // A pause between two tries: nothing announces that a thread could be stopped now.
                     std::thread::sleep(Duration::from_millis(20 * u64::from(round + 1)));
                     continue;
                 }
@@ -167,9 +170,11 @@ impl Engine {
             match applied {
                 Ok(report) => {
                     fault_point::pass("recover-grafted");
-                    for not_moved in report.not_moved {
-                        tracing::warn!(?not_moved, "stays on the hook");
-                    }
+                    immovable = report
+                        .not_moved
+                        .iter()
+                        .map(crate::attaching::not_moved)
+                        .collect();
                     watch.lap("exchange");
                     let unmounted = self.unmount();
                     watch.lap("unmount");
@@ -207,6 +212,7 @@ impl Engine {
                         cause = error.cause_chain(),
                         "giving back failed; trying again"
                     );
+                    // A pause between two tries: nothing announces that a thread could be stopped now.
                     std::thread::sleep(Duration::from_millis(20));
                 }
             }

@@ -60,6 +60,8 @@ pub(crate) struct Hook {
     device: Device,
     armed: Arc<AtomicBool>,
     placed: Option<Covering>,
+    /// Removing it has failed.
+    unremoved: bool,
     source: String,
     volume: Volume,
     looked: Instant,
@@ -183,6 +185,7 @@ impl Hook {
             },
             armed,
             placed: None,
+            unremoved: false,
             source: source(id),
             volume: volume.clone(),
             looked: Instant::now(),
@@ -207,7 +210,7 @@ impl Hook {
     }
 
     pub(crate) fn is_placed(&self) -> bool {
-        self.placed.is_some()
+        self.placed.is_some() || self.unremoved
     }
 
     /// From now on the rules see the targets.
@@ -348,11 +351,15 @@ impl Hook {
         names.into_iter().filter_map(bind).collect()
     }
 
-    /// Takes the mount away again, wherever it got to.
+    /// Takes the mount away again, wherever it got to. After a failure it counts as placed still, and can be tried again.
     pub(crate) fn remove(&mut self) -> Result<(), AttachError> {
-        self.placed
-            .take()
-            .map_or(Ok(()), |placed| volume::remove(placed, &self.source))
+        let removed = match self.placed.take() {
+            Some(placed) => volume::remove(placed, &self.source),
+            None if self.unremoved => volume::remove_everywhere(self.device, &self.source),
+            None => return Ok(()),
+        };
+        self.unremoved = removed.is_err();
+        removed
     }
 
     /// Whether somebody has removed the mount behind our back; looked for once a second.

@@ -76,6 +76,7 @@ impl Engine {
                 Err(error) if error.rolled_back() && attempt < TRIES => {
                     tracing::info!(%error, cause = error.cause_chain(), attempt, "open files could not be exchanged at once");
                     attempt += 1;
+                    // A pause between two tries: nothing announces that a thread could be stopped now.
                     std::thread::sleep(Duration::from_millis(60));
                 }
                 other => return other,

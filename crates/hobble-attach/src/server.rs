@@ -143,6 +143,7 @@ pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32
     board.close();
     let farewell = Instant::now() + FAREWELL;
     while control::open_connections() > 0 && Instant::now() < farewell {
+        // Clients hang up by themselves, and nothing tells when the last has.
         std::thread::sleep(Duration::from_millis(5));
     }
     if code == DONE

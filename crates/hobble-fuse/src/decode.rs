@@ -3,6 +3,8 @@
 //! Invariant: [`decode`] either returns an [`Op`] whose every part was checked (lengths, NULs, enumerations) or an error that
 //! says what is wrong and where; it never panics, whatever the bytes. Bytes behind the known end of a structure are ignored,
 //! because newer kernels append fields there.
+//!
+//! Length: one decoder for each opcode, side by side as in the kernel's header.
 
 use std::ffi::CStr;
 

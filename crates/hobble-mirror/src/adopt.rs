@@ -7,6 +7,8 @@
 //! How a stand-in is found: along the path the original had; if that leads elsewhere or nowhere, by a name that only the calling thread can look up and that the kernel
 //! is told has gone, so that `/proc/<pid>/fd` shows `(deleted)` as it did before; an original without any name that may still get one (`O_TMPFILE`) by an `O_TMPFILE` of
 //! our own, since the kernel remembers on the inode that it may be linked (`I_LINKABLE`, fs/namei.c `vfs_link`).
+//!
+//! Length: the whole contract with whoever moves descriptors, in one place.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::CString;

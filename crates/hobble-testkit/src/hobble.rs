@@ -152,7 +152,7 @@ impl Hobble {
         let mut command = Command::new(&self.binary);
         command
             .args(arguments)
-            // By environment, which the server and the holder inherit: it is what tells whose they are.
+            // By environment, which tells whose a command is.
             .env("HOBBLE_STATE_DIR", &self.state)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             // A test's own directory may be what it hooks: commands run from elsewhere.
@@ -226,7 +226,8 @@ impl Hobble {
         Ok(injection)
     }
 
-    /// Processes of this state directory: servers, holders, commands.
+    /// Processes of this state directory: commands, which have it in their environment, servers and holders, which
+    /// have not, but keep files of it open (the journal, the log).
     pub fn processes(&self) -> Vec<u32> {
         let state = self.state.as_os_str().as_encoded_bytes();
         process::numbers("/proc")
@@ -239,10 +240,9 @@ impl Hobble {
                             .as_encoded_bytes()
                             .starts_with(self.binary.as_os_str().as_encoded_bytes())
                     })
-                    && (fs::read(format!("/proc/{pid}/cmdline"))
+                    && (fs::read(format!("/proc/{pid}/environ"))
                         .is_ok_and(|line| contains(&line, state))
-                        || fs::read(format!("/proc/{pid}/environ"))
-                            .is_ok_and(|line| contains(&line, state)))
+                        || has_open(*pid, &self.state))
             })
             .collect()
     }
@@ -311,6 +311,16 @@ impl Drop for Hobble {
             ticket.done();
         }
     }
+}
+
+/// Whether a process has a file below `directory` open.
+fn has_open(pid: u32, directory: &Path) -> bool {
+    process::numbers(&format!("/proc/{pid}/fd"))
+        .into_iter()
+        .any(|number| {
+            fs::read_link(format!("/proc/{pid}/fd/{number}"))
+                .is_ok_and(|link| link.starts_with(directory))
+        })
 }
 
 fn contains(haystack: &[u8], needle: &[u8]) -> bool {

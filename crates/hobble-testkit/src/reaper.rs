@@ -41,7 +41,13 @@ for ((i = ${#order[@]} - 1; i >= 0; i--)); do
     IFS=$'\t' read -r kind a b <<<"$entry"
     case $kind in
         kill) if same "$a" "$b"; then kill -KILL "$a"; fi ;;
-        recover) timeout -k 5 30 "$a" --state-dir "$b" recover --all --force ;;
+        recover)
+            timeout -k 5 30 "$a" --state-dir "$b" recover --all --force
+            for process in /proc/[0-9]*; do
+                case $(readlink "$process/exe") in "$a"*) ;; *) continue ;; esac
+                if ls -l "$process/fd" | grep -qF -- "-> $b/"; then kill -KILL "${process#/proc/}"; fi
+            done
+            ;;
         remove) for _ in 1 2 3 4 5; do rm -rf --one-file-system -- "$a" && break; sleep 0.2; done ;;
     esac
 done
@@ -52,7 +58,7 @@ done
 pub enum Action<'a> {
     /// SIGKILL for this very process; a re-used pid is left alone.
     Kill(Identity),
-    /// `hobble recover --all --force` with this binary and state directory.
+    /// `hobble recover --all --force` with this binary and state directory, then SIGKILL for what of it still runs there.
     Recover(&'a Path, &'a Path),
     /// Remove this directory and what is in it, on its own filesystem.
     Remove(&'a Path),

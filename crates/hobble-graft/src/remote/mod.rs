@@ -20,6 +20,8 @@
 //!
 //! Taking a thread, using it and giving it back are in this one file, long as it is, because the orders above are only seen to be right when
 //! all requests to the thread are read together.
+//!
+//! Length: the life of one borrow, from the first register to the last; its invariants hold only as a whole.
 
 mod call;
 mod error;

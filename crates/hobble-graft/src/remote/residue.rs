@@ -108,6 +108,7 @@ pub fn clean(residue: &Residue, deadline: Deadline) -> Result<Cleaned, RemoteErr
         match result {
             Some(cleaned) => return Ok(cleaned),
             None if deadline.passed() => return Err(RemoteError::StillInside { pid }),
+            // The thread leaves by itself, and nothing tells when.
             None => std::thread::sleep(Duration::from_millis(50)),
         }
     }

@@ -11,6 +11,8 @@
 //! The kernel sends OFD and POSIX locks alike (fs/fuse/file.c `fuse_lk_fill`). The difference shows in what ends them: FLUSH names the POSIX owner
 //! of the closing process; the locks of an OFD owner go when the handle they were taken through is released. A cycle of OFD waiters gets EDEADLK like one
 //! of POSIX waiters, where the kernel would have them hang.
+//!
+//! Length: the table, its waiters and its windows change under one lock and are read together.
 
 mod handover;
 mod table;

@@ -113,6 +113,7 @@ impl Nudger {
                 !queue.is_empty()
             };
             if waits {
+                // Nothing wakes it: see the comment on the signal above; the pause bounds how often it is sent.
                 std::thread::sleep(EVERY);
             }
         }

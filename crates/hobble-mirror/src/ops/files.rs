@@ -1,4 +1,6 @@
 //! Open files and directories: opening, data, and closing.
+//!
+//! Length: all operations on open files.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};

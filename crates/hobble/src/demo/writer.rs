@@ -223,6 +223,7 @@ impl Clock {
             .spawn(move || {
                 let mut last = Instant::now();
                 loop {
+                    // Nothing wakes it: the pause is the rate of the writer.
                     std::thread::sleep(TICK);
                     let now = Instant::now();
                     let gap = now.duration_since(last).saturating_sub(TICK);
@@ -358,6 +359,7 @@ impl Writer {
                         .errors
                         .entry(error_name(failure.extended_code))
                         .or_default() += 1;
+                    // Nothing wakes it: an application that backs off before it tries again.
                     std::thread::sleep(BACKOFF);
                 }
             }

@@ -1,0 +1,266 @@
+//! Originals: where crash recovery finds the files that stand behind those on a dead hook.
+//!
+//! Invariant: what is handed out is the inode on the device that the file on the hook showed; the description itself where the holder still has it, a new one of
+//! the same file otherwise.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+
+use hobble_graft::census::{Access, Census, Description, FileFacts};
+use hobble_graft::ids::Device;
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
+
+use crate::error::{AttachError, Step};
+use crate::story::Story;
+use crate::sys;
+use crate::volume::{self, Volume};
+
+/// Where originals are found: the holder's descriptors, and the volume itself.
+pub(crate) struct Originals {
+    /// The holder's descriptors of files on the volume's device, by inode.
+    held: BTreeMap<u64, Vec<HeldFile>>,
+    kept: BTreeMap<(i32, u64, i32), i32>,
+    root: Option<(OwnedFd, Vec<u8>)>,
+    /// Descriptions of the server's that have been given away: each serves one open file.
+    used: RefCell<BTreeSet<i32>>,
+}
+
+struct HeldFile {
+    number: i32,
+    file: OwnedFd,
+    flags: OFlags,
+}
+
+impl Originals {
+    pub(crate) fn collect(story: &Story) -> Result<Self, AttachError> {
+        let mut held: BTreeMap<u64, Vec<HeldFile>> = BTreeMap::new();
+        let root = story
+            .target
+            .filter(|target| target.is_alive().unwrap_or(false))
+            .map(|target| {
+                let path = PathBuf::from(
+                    <std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(
+                        story.path.clone(),
+                    ),
+                );
+                (target, path)
+            });
+        if story.placing.is_some() {
+            volume::remove_everywhere(Device::from_raw(story.hook_dev), &story.source)?;
+        }
+        let volume = root.and_then(|(target, path)| Volume::resolve(target, &path).ok());
+        if let (Some(volume), Some(around)) = (&volume, story.placing)
+            && let Err(error) = volume::restore_propagation(volume, around.into())
+        {
+            tracing::warn!(%error, cause = error.cause_chain(), "the mount around the volume may propagate differently than before");
+        }
+        let root =
+            volume.and_then(|volume| Some((volume.native().ok()?, volume.printed().to_vec())));
+        let mut devices: BTreeSet<u64> = story.kept.iter().map(|kept| kept.dev).collect();
+        devices.extend(story.backing_dev);
+        if let Some(holder) = story.living_holder() {
+            let failed = |error: rustix::io::Errno| {
+                AttachError::io(
+                    Step::Recover,
+                    format!("look into the holder, process {holder}"),
+                    error,
+                )
+            };
+            let pid = Pid::from_raw(holder.pid.as_raw())
+                .ok_or_else(|| failed(rustix::io::Errno::SRCH))?;
+            let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(failed)?;
+            if !holder.is_alive().unwrap_or(false) {
+                return Err(failed(rustix::io::Errno::SRCH));
+            }
+            let numbers = std::fs::read_dir(format!("/proc/{holder}/fd")).map_err(|error| {
+                AttachError::io(
+                    Step::Recover,
+                    format!("list the descriptors of the holder, process {holder}"),
+                    error,
+                )
+            })?;
+            for number in
+                numbers.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok())
+            {
+                if !is_regular_link(&format!("/proc/{holder}/fd/{number}")) {
+                    continue;
+                }
+                let file =
+                    match rustix::process::pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()) {
+                        Ok(file) => file,
+                        Err(rustix::io::Errno::BADF) => continue,
+                        // Not to see an original would mean to lose it.
+                        Err(error) => return Err(failed(error)),
+                    };
+                let (Ok(stat), Ok(flags)) =
+                    (rustix::fs::fstat(&file), rustix::fs::fcntl_getfl(&file))
+                else {
+                    continue;
+                };
+                // Only the backing filesystem's: the holder's other files have inode numbers too.
+                if stat.st_dev == story.hook_dev || !devices.contains(&stat.st_dev) {
+                    continue;
+                }
+                held.entry(stat.st_ino).or_default().push(HeldFile {
+                    number,
+                    file,
+                    flags,
+                });
+            }
+        }
+        let kept = story
+            .kept
+            .iter()
+            .flat_map(|kept| {
+                kept.places
+                    .iter()
+                    .map(|place| ((place.who.pid, place.who.start, place.fd), kept.holder_fd))
+            })
+            .collect();
+        Ok(Self {
+            held,
+            kept,
+            root,
+            used: RefCell::default(),
+        })
+    }
+
+    /// The description that stands behind one on the hook.
+    pub(crate) fn of(
+        &self,
+        description: &Description,
+        census: &Census,
+    ) -> std::io::Result<OwnedFd> {
+        let inode = description.facts.inode;
+        let access =
+            OFlags::from_bits_retain(description.flags.0) & (OFlags::ACCMODE | OFlags::PATH);
+        // F_SETFL cannot add these later.
+        let synchronous =
+            OFlags::from_bits_retain(description.flags.0) & (OFlags::SYNC | OFlags::DSYNC);
+        let same = self.held.get(&inode).map(Vec::as_slice).unwrap_or_default();
+        // Where it was found when it was moved; a descriptor that was re-used since has another inode or another access mode.
+        for place in &description.places {
+            let members = census
+                .tables()
+                .iter()
+                .find(|table| table.id == place.table)
+                .map(|table| table.members.as_slice())
+                .unwrap_or_default();
+            for member in members {
+                let Some(process) = census
+                    .processes()
+                    .iter()
+                    .find(|process| process.id.pid == member.pid)
+                else {
+                    continue;
+                };
+                let key = (
+                    process.id.pid.as_raw(),
+                    process.id.start_time,
+                    place.fd.as_raw(),
+                );
+                if let Some(number) = self.kept.get(&key)
+                    && let Some(found) = same.iter().find(|held| {
+                        held.number == *number
+                            && held.flags & (OFlags::ACCMODE | OFlags::PATH) == access
+                    })
+                {
+                    return found.file.try_clone();
+                }
+            }
+        }
+        let kept: Vec<i32> = self.kept.values().copied().collect();
+        let opened = same.iter().find(|held| {
+            !kept.contains(&held.number)
+                && !self.used.borrow().contains(&held.number)
+                && held.flags & (OFlags::ACCMODE | OFlags::PATH) == access
+                && description.flags.access() != Access::Path
+        });
+        if let Some(held) = opened {
+            // The one that served it, or one that served the same file in the same mode: a flock, if there is one, stays.
+            self.used.borrow_mut().insert(held.number);
+            return held.file.try_clone();
+        }
+        self.reach(&description.facts, access | synchronous)
+    }
+
+    /// The file at a path of the hook, by the holder's descriptors or by name.
+    pub(crate) fn reach(&self, facts: &FileFacts, flags: OFlags) -> std::io::Result<OwnedFd> {
+        if let Some(held) = self.held.get(&facts.inode).and_then(|held| held.first()) {
+            return reopen(held.file.as_fd(), flags);
+        }
+        let lost = |why: &str| {
+            std::io::Error::new(
+                std::io::ErrorKind::NotFound,
+                format!("it cannot be found again: {why}"),
+            )
+        };
+        if facts.is_deleted {
+            return Err(lost(
+                "it has no name, and the process that kept it open is dead",
+            ));
+        }
+        let (root, printed) = self
+            .root
+            .as_ref()
+            .ok_or_else(|| lost("the volume itself cannot be reached"))?;
+        // The hook is unmounted by now, so the kernel prints paths from the hook's own root (d_path of a detached mount).
+        let relative = volume::below(printed, &facts.path)
+            .or_else(|| volume::below(b"/", &facts.path))
+            .ok_or_else(|| lost("its name is not below the volume"))?;
+        let relative = if relative.is_empty() {
+            b".".to_vec()
+        } else {
+            relative
+        };
+        let how = rustix::fs::ResolveFlags::BENEATH | rustix::fs::ResolveFlags::NO_SYMLINKS;
+        let found = rustix::fs::openat2(
+            root,
+            relative,
+            flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOFOLLOW,
+            Mode::empty(),
+            how,
+        )?;
+        let stat = rustix::fs::fstat(&found)?;
+        if stat.st_ino != facts.inode {
+            return Err(lost("another file has its name now"));
+        }
+        Ok(found)
+    }
+
+    /// Gives up the OFD locks that the dead server held for others.
+    pub(crate) fn unlock_servers(&self) {
+        let kept: Vec<i32> = self.kept.values().copied().collect();
+        for held in self
+            .held
+            .values()
+            .flatten()
+            .filter(|held| !kept.contains(&held.number) && !held.flags.contains(OFlags::PATH))
+        {
+            if let Err(error) = sys::unlock_description(held.file.as_fd()) {
+                tracing::debug!(number = held.number, %error, "a lock of the dead server stays");
+            }
+        }
+    }
+}
+
+/// Whether a link in `/proc/*/fd` leads to something with a path, not to a socket, pipe or anonymous inode.
+fn is_regular_link(path: &str) -> bool {
+    std::fs::read_link(path).is_ok_and(|link| link.as_os_str().as_encoded_bytes().starts_with(b"/"))
+}
+
+/// The same inode in a new description.
+fn reopen(fd: std::os::fd::BorrowedFd<'_>, flags: OFlags) -> std::io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
+    Ok(rustix::fs::open(
+        path,
+        (flags
+            & (OFlags::ACCMODE | OFlags::PATH | OFlags::DIRECTORY | OFlags::SYNC | OFlags::DSYNC))
+            | OFlags::CLOEXEC
+            | OFlags::NONBLOCK,
+        Mode::empty(),
+    )?)
+}
