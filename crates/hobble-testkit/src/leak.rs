@@ -101,16 +101,13 @@ fn task_facts(pid: u32, found: &mut BTreeSet<String>) {
     };
     let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     let name = name.trim_end();
-    if name.starts_with("hobble")
-        && name != "hobble-test-rea"
-        && stat.state != 'Z'
-        && pid != std::process::id()
-    {
-        // The test binaries of Hobble's own crates carry such names too; they have no hook to leave behind.
-        let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-        if exe.file_name().is_some_and(|file| file == "hobble") {
-            found.insert(format!("process {pid} ({name})"));
-        }
+    // By executable: a server is started through /proc/self/exe, and is called so.
+    let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+    let is_hobble = exe
+        .file_name()
+        .is_some_and(|file| matches!(file.to_str(), Some("hobble" | "hobble (deleted)")));
+    if is_hobble && stat.state != 'Z' {
+        found.insert(format!("process {pid} of hobble"));
     }
     for tid in process::numbers(&format!("/proc/{pid}/task")) {
         if let Ok(task) = process::stat(&format!("{pid}/task/{tid}"))
