@@ -544,6 +544,12 @@ fn a_tampered_journal() -> Result<()> {
             fs::write(&journal, &damage)?;
             let said = command::output(&mut hobble.command(["recover", "--all"]), STEP)?;
             let message = String::from_utf8_lossy(&said.stderr);
+            println!(
+                "{} bytes: {}: {message}{}",
+                damage.len(),
+                said.status,
+                String::from_utf8_lossy(&said.stdout)
+            );
             ensure!(!message.contains("panicked"), "{message}");
             ensure!(
                 matches!(said.status.code(), Some(0 | 1 | 3 | 5)),
@@ -561,7 +567,12 @@ fn a_tampered_journal() -> Result<()> {
         }
         if journal.parent().is_some_and(std::path::Path::is_dir) {
             fs::write(&journal, &original)?;
-            hobble.output(["recover", "--all", "--force"])?;
+            let said = hobble.output(["recover", "--all", "--force"])?;
+            println!(
+                "undamaged, by force: {}: {}",
+                said.status,
+                String::from_utf8_lossy(&said.stderr)
+            );
         }
         bystander.kill()?;
         bystander.wait()?;
