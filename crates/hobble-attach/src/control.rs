@@ -25,9 +25,12 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 /// Connections being served now.
 static OPEN: AtomicUsize = AtomicUsize::new(0);
 
-/// How many connections are being served.
-pub(crate) fn open_connections() -> usize {
-    OPEN.load(Ordering::Relaxed)
+/// Connections that have ever been made.
+static MADE: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether somebody is connected, or nobody has had the time to connect at all.
+pub(crate) fn is_listened_to() -> bool {
+    OPEN.load(Ordering::Relaxed) > 0 || MADE.load(Ordering::Relaxed) == 0
 }
 
 /// What the engine is asked to do.
@@ -121,6 +124,7 @@ fn admit(stream: &UnixStream) -> Result<(), Response> {
             Some("run the command as root"),
         ));
     }
+    MADE.fetch_add(1, Ordering::Relaxed);
     if OPEN.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
         OPEN.fetch_sub(1, Ordering::Relaxed);
         return Err(problem(

@@ -48,9 +48,6 @@ impl Originals {
                 );
                 (target, path)
             });
-        if story.placing.is_some() {
-            volume::remove_everywhere(Device::from_raw(story.hook_dev), &story.source)?;
-        }
         let volume = root.and_then(|(target, path)| Volume::resolve(target, &path).ok());
         if let (Some(volume), Some(around)) = (&volume, story.placing)
             && let Err(error) = volume::restore_propagation(volume, around.into())
@@ -189,9 +186,18 @@ impl Originals {
 
     /// The file at a path of the hook, by the holder's descriptors or by name.
     pub(crate) fn reach(&self, facts: &FileFacts, flags: OFlags) -> std::io::Result<OwnedFd> {
-        if let Some(held) = self.held.get(&facts.inode).and_then(|held| held.first()) {
-            return reopen(held.file.as_fd(), flags);
+        // By name first: what is opened through the holder's descriptors may be on the mirror's own copy of the mount, whose directories have no path in any
+        // namespace.
+        match self.by_name(facts, flags) {
+            Ok(found) => Ok(found),
+            Err(error) => match self.held.get(&facts.inode).and_then(|held| held.first()) {
+                Some(held) => reopen(held.file.as_fd(), flags),
+                None => Err(error),
+            },
         }
+    }
+
+    fn by_name(&self, facts: &FileFacts, flags: OFlags) -> std::io::Result<OwnedFd> {
         let lost = |why: &str| {
             std::io::Error::new(
                 std::io::ErrorKind::NotFound,

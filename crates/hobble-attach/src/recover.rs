@@ -321,11 +321,16 @@ struct Undoing<'a> {
 impl Undoing<'_> {
     fn run(&mut self, tracer: &Tracer) -> Result<(), AttachError> {
         let story = self.story;
-        if story.hook_dev == 0 || story.recovered {
+        // A journal that was cut off may not tell how far the attachment had come; the mount itself does.
+        let hook_dev = match story.hook_dev {
+            0 => volume::find_by_source(&story.source).map_or(0, Device::raw),
+            known => known,
+        };
+        if hook_dev == 0 || story.recovered {
             self.clean();
             return Ok(());
         }
-        let device = Device::from_raw(story.hook_dev);
+        let device = Device::from_raw(hook_dev);
         if !is_ours(story, device) {
             tracing::info!("nothing is left of the hook");
             self.clean();
@@ -403,11 +408,7 @@ impl Undoing<'_> {
     }
 
     fn unmount(&self, device: Device) -> Result<(), AttachError> {
-        if self.story.placing.is_some() {
-            volume::remove_everywhere(device, &self.story.source)
-        } else {
-            Ok(())
-        }
+        volume::remove_everywhere(device, &self.story.source)
     }
 
     /// One stop of everybody on the hook. Says whether another round may find more.

@@ -26,8 +26,8 @@ use crate::state_dir::{AttachmentDir, StateDir};
 use crate::{inspect, sys};
 
 const SIGNALS: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
-/// How long followers get to read the last event before the process ends.
-const FAREWELL: Duration = Duration::from_millis(500);
+/// How long followers get to connect and to read the last event before the process ends.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// What this process is, for the journal.
 pub(crate) fn who(pid: Pid) -> Result<Who, AttachError> {
@@ -142,7 +142,7 @@ pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32
     let code = engine.live(&commands);
     board.close();
     let farewell = Instant::now() + FAREWELL;
-    while control::open_connections() > 0 && Instant::now() < farewell {
+    while control::is_listened_to() && Instant::now() < farewell {
         // Clients hang up by themselves, and nothing tells when the last has.
         std::thread::sleep(Duration::from_millis(5));
     }

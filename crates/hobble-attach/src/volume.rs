@@ -457,6 +457,20 @@ pub(crate) fn remove(covering: Covering, source: &str) -> Result<(), AttachError
     removed
 }
 
+/// The filesystem with this source, if it is mounted in the namespace of any process.
+pub(crate) fn find_by_source(source: &str) -> Option<Device> {
+    tree::pids()
+        .unwrap_or_default()
+        .into_iter()
+        .find_map(|pid| {
+            let mounts = mountinfo::of_process(pid).ok()?;
+            let ours = mounts
+                .into_iter()
+                .find(|mount| mount.fs_type == "fuse.hobble" && mount.source == source)?;
+            Some(ours.device)
+        })
+}
+
 /// Whether one of our filesystems is mounted anywhere.
 pub(crate) fn is_sighted(device: Device, source: &str) -> bool {
     let filesystem = Filesystem {
