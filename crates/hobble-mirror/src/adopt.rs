@@ -651,12 +651,14 @@ impl Attempt<'_> {
         }
         let alias = CString::new(name.clone())?;
         self.door.set_alias(Some(Alias { parent, name }));
-        let opened = rustix::fs::openat(
-            &directory,
-            &alias,
-            self.flags | OFlags::NOFOLLOW,
-            Mode::empty(),
-        );
+        // Not O_NOFOLLOW, which the program would see in its F_GETFL; a link is not followed all the same.
+        let how = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+        let how = if self.flags.contains(OFlags::PATH) {
+            how
+        } else {
+            how | ResolveFlags::NO_SYMLINKS
+        };
+        let opened = rustix::fs::openat2(&directory, &alias, self.flags, Mode::empty(), how);
         self.door.set_alias(None);
         let opened = opened
             .map_err(io::Error::from)
