@@ -342,6 +342,8 @@ impl Undoing<'_> {
             Err(error) => tracing::warn!(%error, "the connection could not be aborted"),
         }
         self.clean();
+        // Before the volume is looked up again: its path leads to the hook until then.
+        self.unmount(device)?;
         let originals = Originals::collect(story)?;
         for _ in 0..ROUNDS {
             self.unmount(device)?;
@@ -493,11 +495,16 @@ impl Undoing<'_> {
         );
         let released = stopped.release();
         self.pause = self.pause.max(released.stood_still);
-        report.map(|_| true).map_err(|failed| {
+        let report = report.map_err(|failed| {
             AttachError::new(Step::Recover, "the target's files could not be given back")
                 .because(failed)
                 .needing_recovery()
-        })
+        })?;
+        // What cannot be moved now cannot be in the next round either: it is told, not tried for ever.
+        let stuck = report.not_moved.len();
+        self.left
+            .extend(report.not_moved.iter().map(crate::attaching::not_moved));
+        Ok(moves > stuck)
     }
 
     fn leave(&mut self, facts: &FileFacts, error: &std::io::Error) {
