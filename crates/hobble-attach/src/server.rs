@@ -27,7 +27,7 @@ use crate::{inspect, sys};
 
 const SIGNALS: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 /// How long followers get to connect and to read the last event before the process ends.
-const FAREWELL: Duration = Duration::from_secs(2);
+const FAREWELL: Duration = Duration::from_millis(500);
 
 /// What this process is, for the journal.
 pub(crate) fn who(pid: Pid) -> Result<Who, AttachError> {
