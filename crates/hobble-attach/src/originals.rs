@@ -222,13 +222,13 @@ impl Originals {
             relative
         };
         let how = rustix::fs::ResolveFlags::BENEATH | rustix::fs::ResolveFlags::NO_SYMLINKS;
-        let found = rustix::fs::openat2(
-            root,
-            relative,
-            flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOFOLLOW,
-            Mode::empty(),
-            how,
-        )?;
+        // openat2 refuses O_NONBLOCK together with O_PATH; without O_PATH it keeps a FIFO from holding us up.
+        let extra = if flags.contains(OFlags::PATH) {
+            OFlags::CLOEXEC | OFlags::NOFOLLOW
+        } else {
+            OFlags::CLOEXEC | OFlags::NONBLOCK
+        };
+        let found = rustix::fs::openat2(root, relative, flags | extra, Mode::empty(), how)?;
         let stat = rustix::fs::fstat(&found)?;
         if stat.st_ino != facts.inode {
             return Err(lost("another file has its name now"));
