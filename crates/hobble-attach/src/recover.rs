@@ -138,9 +138,6 @@ fn server_is_dead(dir: &AttachmentDir) -> bool {
 
 /// The journal's story; `None` when there is no journal: the server died before it touched anything.
 fn read_story(dir: &AttachmentDir) -> Result<Option<Story>, AttachError> {
-    if !dir.journal().exists() {
-        return Ok(None);
-    }
     let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
         AttachError::new(
             Step::Recover,
@@ -150,12 +147,22 @@ fn read_story(dir: &AttachmentDir) -> Result<Option<Story>, AttachError> {
         .hinting("docs/recovery.md says how to undo an attachment by hand; nothing was touched")
         .exiting(ExitCode::NeedsRecovery)
     };
+    // Without a record nothing was touched, unless the journal was: then the hook is there all the same, and must not be forgotten.
+    let untouched = || match volume::find_by_source(&crate::hook::source(dir.id())) {
+        None => Ok(None),
+        Some(_) => Err(failed(
+            "it holds no record, and yet the hook is mounted".into(),
+        )),
+    };
+    if !dir.journal().exists() {
+        return untouched();
+    }
     let file = dir
         .open_own(&dir.journal())
         .map_err(|error| failed(error.into()))?;
     let records = journal::read(file).map_err(|error| failed(error.into()))?;
     if records.is_empty() {
-        return Ok(None);
+        return untouched();
     }
     Story::of(records, dir.id())
         .map(Some)
