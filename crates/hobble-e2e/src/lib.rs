@@ -36,7 +36,7 @@ pub fn scene(kind: Kind, test: impl FnOnce(&Hobble, &Volume<'_>) -> Result<()>) 
     let volume = Volume::new(&namespace, kind)?;
     let hobble = Hobble::new()?;
     let leaks = LeakCheck::new(vec![hobble.state_dir().to_owned()])?;
-    test(&hobble, &volume)?;
+    test(&hobble, &volume).inspect_err(|_| eprint!("{}", hobble.logs()))?;
     leaks.finish()?;
     // The holder ends after its server, which ends after the last answer.
     until(

@@ -53,6 +53,7 @@ fn survives(
 ) -> Result<()> {
     scene(Kind::Ext4, |outer, volume| {
         let mut hobble = Hobble::with_state_dir(&outer.scratch().path().join("crashing"))?;
+        hobble.env("HOBBLE_LOG", "debug");
         let mut target = Target::start(
             Program::FilesC,
             [text(volume.path())?, "27", "2", "nap", "busy"],
@@ -69,7 +70,11 @@ fn survives(
                 target.expect("check")?;
                 target.assert_running()
             };
-            step().with_context(|| format!("killed at {name}"))?;
+            let result = step().with_context(|| format!("killed at {name}"));
+            if result.is_err() {
+                eprint!("{}", hobble.logs());
+            }
+            result?;
         }
         target.finish().map(drop)
     })

@@ -27,6 +27,9 @@ use crate::scratch::Scratch;
 /// Any single step of an attachment, on a busy machine.
 pub const STEP: Duration = Duration::from_secs(60);
 
+/// Characters of a line of a log that are worth showing: lists of thousands of descriptors are not.
+const LOG_LINE: usize = 400;
+
 /// The binary under test: `$HOBBLE_BIN`, or else built once by Cargo in the profile of the tests.
 ///
 /// # Errors
@@ -279,6 +282,23 @@ impl Hobble {
             .filter(|(_, stat)| stat.state != 'Z')
             .map(|(pid, stat)| (pid, stat.parent))
             .collect()
+    }
+
+    /// What the servers of attachments that are still there have logged, and which steps their journals tell of: for whoever looks into a failed test.
+    pub fn logs(&self) -> String {
+        let mut text = String::new();
+        for entry in fs::read_dir(&self.state).into_iter().flatten().flatten() {
+            for name in ["log", "journal"] {
+                let file = entry.path().join(name);
+                let all = fs::read_to_string(&file).unwrap_or_default();
+                text.push_str(&format!("── {}\n", file.display()));
+                for line in all.lines() {
+                    text.extend(line.chars().take(LOG_LINE));
+                    text.push('\n');
+                }
+            }
+        }
+        text
     }
 
     /// Recovers everything, and fails unless that works and nothing is left in the state directory.
