@@ -495,6 +495,7 @@ impl Engine {
             return Err(no_hook());
         };
         let handles = stand_ins.locked_handles(hook, census);
+        let positions = stand_ins.positions(census);
         let switch = stand_ins.switch(census);
         let mut keeper = Inwards::new(hook, census, &stand_ins.adopted, &handles);
         self.journal
@@ -505,6 +506,9 @@ impl Engine {
             .map_err(|error| {
                 AttachError::new(Step::Journal, "the journal cannot be written").because(error)
             })?;
+        self.ledger.write(&positions).map_err(|error| {
+            AttachError::io(Step::Journal, "write the ledger of descriptors", error)
+        })?;
         fault_point::pass("grafting");
         let report = switch.apply(
             stopped,

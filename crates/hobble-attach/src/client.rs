@@ -71,17 +71,25 @@ impl Client {
     }
 
     pub(crate) fn connect(id: &str, socket: &PathBuf) -> Result<Self, AttachError> {
-        let stream = UnixStream::connect(socket).map_err(|error| {
-            AttachError::io(
-                Step::Control,
-                format!("the server of `{id}` does not answer"),
-                error,
-            )
-            .hinting(format!(
-                "undo what is left of it with `hobble recover {id}`"
-            ))
-            .exiting(ExitCode::NeedsRecovery)
-        })?;
+        let stream = UnixStream::connect(socket)
+            .and_then(|stream| {
+                if is_answered(&stream) {
+                    Ok(stream)
+                } else {
+                    Err(io::ErrorKind::ConnectionRefused.into())
+                }
+            })
+            .map_err(|error| {
+                AttachError::io(
+                    Step::Control,
+                    format!("the server of `{id}` does not answer"),
+                    error,
+                )
+                .hinting(format!(
+                    "undo what is left of it with `hobble recover {id}`"
+                ))
+                .exiting(ExitCode::NeedsRecovery)
+            })?;
         let bounded = stream
             .set_read_timeout(Some(READ_WITHIN))
             .and_then(|()| stream.set_write_timeout(Some(READ_WITHIN)));
@@ -232,6 +240,15 @@ impl Client {
             ended: false,
         })
     }
+}
+
+/// Whether the process that listens lives: the holder keeps the socket of a dead server open, and the kernel goes on taking connections for it.
+fn is_answered(stream: &UnixStream) -> bool {
+    rustix::net::sockopt::socket_peercred(stream)
+        .ok()
+        .and_then(|peer| hobble_graft::ids::Pid::new(peer.pid.as_raw_nonzero().get()))
+        .and_then(|pid| hobble_graft::ids::ProcessId::of(pid).ok())
+        .is_some_and(|process| !process.is_ending().unwrap_or(true))
 }
 
 fn refused(problem: Problem) -> AttachError {

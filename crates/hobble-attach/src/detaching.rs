@@ -27,6 +27,7 @@ use crate::fault_point;
 use crate::hook::Hook;
 use crate::journal::Record;
 use crate::journaling::Steps;
+use crate::ledger;
 use crate::lock_keeper::{Outwards, must_stay};
 use crate::preflight::chain;
 use crate::sighting;
@@ -55,6 +56,7 @@ struct Returns<'c> {
     switch: Switch<'c>,
     owners: BTreeMap<(TableId, DescriptionId), OwnerId>,
     given: Vec<HandleInfo>,
+    positions: BTreeMap<i32, ledger::Entry>,
     stays: Vec<NotCoveredStatus>,
     moves: usize,
 }
@@ -158,6 +160,10 @@ impl Engine {
             let returns = returns(hook, &census, &known, force)?;
             hook.stop_flushing(returns.stays.is_empty());
             watch.lap("originals");
+            // The originals are put where the hook's files are now; which of both is used after a death in the middle shows by its position.
+            self.ledger.write(&returns.positions).unwrap_or_else(
+                |error| tracing::warn!(%error, "the ledger does not tell of positions"),
+            );
             let mut keeper = Outwards::new(hook, &returns.owners);
             let applied = returns.switch.apply(
                 &mut stopped,
@@ -340,6 +346,7 @@ fn returns<'c>(
         switch: Switch::new(census),
         owners: BTreeMap::new(),
         given: Vec::new(),
+        positions: BTreeMap::new(),
         stays: left(hook, census, &stays),
         moves: 0,
     };
@@ -366,6 +373,12 @@ fn returns<'c>(
         let locks = posix_locks(census, description, info, &held, &mut returns.owners);
         if !locks.is_empty() {
             returns.switch.locks(description.id, locks);
+        }
+        if let Some(number) = info.adopted.and_then(|id| mirror.original_number(id)) {
+            let position = description.position;
+            returns
+                .positions
+                .insert(number, ledger::Entry::Kept { position });
         }
         returns.switch.description(description.id, original);
         returns.given.push(*info);

@@ -25,6 +25,7 @@ use crate::fault_point;
 use crate::holder::{DONE, NEEDS_RECOVERY};
 use crate::hook::Hook;
 use crate::journal::{Journal, Record};
+use crate::ledger::Ledger;
 use crate::options::Lifetime;
 use crate::scope::TargetSet;
 use crate::server::{failure_code, publish_failure};
@@ -40,6 +41,7 @@ pub(crate) type PlanSlot = Arc<Mutex<Option<Arc<Plan>>>>;
 pub(crate) struct Engine {
     pub(crate) config: ServeConfig,
     pub(crate) journal: Journal,
+    pub(crate) ledger: Ledger,
     pub(crate) board: Arc<Board>,
     pub(crate) targets: Arc<TargetSet>,
     pub(crate) hook: Option<Hook>,
@@ -127,7 +129,12 @@ fn draw_seed() -> u64 {
 }
 
 impl Engine {
-    pub(crate) fn new(config: ServeConfig, journal: Journal, board: Arc<Board>) -> Self {
+    pub(crate) fn new(
+        config: ServeConfig,
+        journal: Journal,
+        ledger: Ledger,
+        board: Arc<Board>,
+    ) -> Self {
         let pid = config.pid;
         let targets = match config.scope {
             Scope::Namespace => TargetSet::everyone(),
@@ -136,6 +143,7 @@ impl Engine {
         Self {
             config,
             journal,
+            ledger,
             board,
             targets,
             hook: None,

@@ -206,3 +206,10 @@ pub enum StateError {
         problem: String,
     },
 }
+
+impl StateError {
+    /// Whether the path does not exist.
+    pub(crate) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+}

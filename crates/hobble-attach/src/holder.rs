@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, WaitOptions};
 
@@ -23,6 +23,10 @@ pub(crate) const NEEDS_RECOVERY: i32 = 5;
 const SIGNALS: [i32; 4] = [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 /// How often a recovery that failed is tried again before the holder only waits for `hobble recover`.
 const RECOVERY_TRIES: u32 = 5;
+/// How often is looked whether the server is dead without having ended.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How long a server that is ending gets to end.
+const LAST_BREATH: Duration = Duration::from_millis(150);
 
 /// What the hidden command `__serve` runs: becomes the holder, clones the server, and returns the exit status of the process it finds
 /// itself in. Its standard input is the lifeline, which first says what to do; its standard error is the attachment's log.
@@ -122,8 +126,14 @@ fn hold(config: ServeConfig, lifeline: UnixStream) -> i32 {
 }
 
 /// Waits for the server's end and hands signals on to it: `None` when a signal killed it.
+///
+/// A server that was killed while one of its own threads waits for an answer from itself never ends, and nobody hears of its death: it is looked for.
 fn wait_for(server: i32) -> Option<i32> {
     let pid = Pid::from_raw(server)?;
+    let process = hobble_graft::ids::Pid::new(server)
+        .and_then(|pid| hobble_graft::ids::ProcessId::of(pid).ok());
+    let is_ending = || process.is_some_and(|process| process.is_ending().unwrap_or(false));
+    let mut ending: Option<Instant> = None;
     loop {
         match rustix::process::waitpid(Some(pid), WaitOptions::NOHANG) {
             Ok(Some((_, status))) if status.exited() => return status.exit_status(),
@@ -131,7 +141,13 @@ fn wait_for(server: i32) -> Option<i32> {
             Err(rustix::io::Errno::CHILD) => return None,
             _ => {}
         }
-        match sys::wait_signal(&SIGNALS, Duration::from_secs(1)) {
+        if ending.is_some_and(|since| since.elapsed() > LAST_BREATH) {
+            return None;
+        }
+        if ending.is_none() && is_ending() {
+            ending = Some(Instant::now());
+        }
+        match sys::wait_signal(&SIGNALS, LOOK_EVERY) {
             Some(signal) if signal != libc::SIGCHLD => {
                 if let Some(signal) = Signal::from_named_raw(signal) {
                     let _ = rustix::process::kill_process(pid, signal);

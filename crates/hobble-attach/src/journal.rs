@@ -128,8 +128,10 @@ pub(crate) enum Record {
     },
     /// Who keeps the descriptors.
     Holder(Who),
-    /// Who answers FUSE; again for every successor.
+    /// Who answers FUSE; again for everybody who undoes: the first of them that lives has the attachment to itself.
     Server(Who),
+    /// This one lets others try.
+    GaveUp(Who),
     /// What is attached.
     Attachment {
         /// The process the user named.
@@ -276,6 +278,15 @@ impl Journal {
     /// A journal on a file opened for appending.
     pub(crate) fn new(file: File) -> Self {
         Self { file }
+    }
+
+    /// Another writer of the same journal: every record is one write at its end.
+    pub(crate) fn try_clone(&self) -> Result<Self, JournalError> {
+        let file = self.file.try_clone().map_err(|source| JournalError::Io {
+            op: "duplicate a descriptor of",
+            source,
+        })?;
+        Ok(Self { file })
     }
 
     /// Appends one record; when this returns an error the step it announces must not be taken.

@@ -29,6 +29,7 @@ mod hook;
 mod inspect;
 mod journal;
 mod journaling;
+mod ledger;
 mod list;
 mod lock_keeper;
 mod options;

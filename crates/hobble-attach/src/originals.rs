@@ -1,7 +1,8 @@
 //! Originals: where crash recovery finds the files that stand behind those on a dead hook.
 //!
-//! Invariant: what is handed out is the inode on the device that the file on the hook showed; the description itself where the holder still has it, a new one of
-//! the same file otherwise.
+//! Invariants: what is handed out is the inode on the device that the file on the hook showed; the description itself where the holder still has it, a new one of
+//! the same file otherwise. A descriptor of the holder's is duplicated when it is handed out and not before: the holder's table, which its successor shares,
+//! is full of them already.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,14 +14,17 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 
 use crate::error::{AttachError, Step};
+use crate::ledger::Entry;
 use crate::story::Story;
 use crate::sys;
 use crate::volume::{self, Volume};
 
 /// Where originals are found: the holder's descriptors, and the volume itself.
 pub(crate) struct Originals {
+    holder: Option<OwnedFd>,
     /// The holder's descriptors of files on the volume's device, by inode.
     held: BTreeMap<u64, Vec<HeldFile>>,
+    ledger: BTreeMap<i32, Entry>,
     kept: BTreeMap<(i32, u64, i32), i32>,
     root: Option<(OwnedFd, Vec<u8>)>,
     /// Descriptions of the server's that have been given away: each serves one open file.
@@ -29,12 +33,23 @@ pub(crate) struct Originals {
 
 struct HeldFile {
     number: i32,
-    file: OwnedFd,
+    device: u64,
     flags: OFlags,
 }
 
+/// What stands behind an open file of the hook.
+pub(crate) struct Original {
+    pub(crate) file: OwnedFd,
+    /// Where it must stand, if not where the hook's file does.
+    pub(crate) position: Option<i64>,
+}
+
 impl Originals {
-    pub(crate) fn collect(story: &Story) -> Result<Self, AttachError> {
+    pub(crate) fn collect(
+        story: &Story,
+        ledger: BTreeMap<i32, Entry>,
+    ) -> Result<Self, AttachError> {
+        let mut holder_fd = None;
         let mut held: BTreeMap<u64, Vec<HeldFile>> = BTreeMap::new();
         let root = story
             .target
@@ -102,10 +117,11 @@ impl Originals {
                 }
                 held.entry(stat.st_ino).or_default().push(HeldFile {
                     number,
-                    file,
+                    device: stat.st_dev,
                     flags,
                 });
             }
+            holder_fd = Some(pidfd);
         }
         let kept = story
             .kept
@@ -117,11 +133,35 @@ impl Originals {
             })
             .collect();
         Ok(Self {
+            holder: holder_fd,
             held,
+            ledger,
             kept,
             root,
             used: RefCell::default(),
         })
+    }
+
+    /// Another descriptor of one of the holder's.
+    fn duplicate(&self, inode: u64, held: &HeldFile) -> std::io::Result<OwnedFd> {
+        let gone = || std::io::Error::from(rustix::io::Errno::STALE);
+        let holder = self.holder.as_ref().ok_or_else(gone)?;
+        let file = rustix::process::pidfd_getfd(holder, held.number, PidfdGetfdFlags::empty())?;
+        let stat = rustix::fs::fstat(&file)?;
+        // Nobody opens or closes anything there any more; should that be wrong, it must not become a wrong file.
+        if (stat.st_ino, stat.st_dev) == (inode, held.device) {
+            Ok(file)
+        } else {
+            Err(gone())
+        }
+    }
+
+    /// Where a kept original must stand: see [`Entry::Kept`].
+    fn position(&self, held: &HeldFile, file: &OwnedFd, description: &Description) -> Option<i64> {
+        let Entry::Kept { position: then } = *self.ledger.get(&held.number)?;
+        let now = rustix::fs::seek(file, rustix::fs::SeekFrom::Current(0)).ok()?;
+        let now = i64::try_from(now).ok()?;
+        (description.position == then && now != then).then_some(now)
     }
 
     /// The description that stands behind one on the hook.
@@ -129,7 +169,11 @@ impl Originals {
         &self,
         description: &Description,
         census: &Census,
-    ) -> std::io::Result<OwnedFd> {
+    ) -> std::io::Result<Original> {
+        let elsewhere = |file| Original {
+            file,
+            position: None,
+        };
         let inode = description.facts.inode;
         let access =
             OFlags::from_bits_retain(description.flags.0) & (OFlags::ACCMODE | OFlags::PATH);
@@ -164,7 +208,9 @@ impl Originals {
                             && held.flags & (OFlags::ACCMODE | OFlags::PATH) == access
                     })
                 {
-                    return found.file.try_clone();
+                    let file = self.duplicate(inode, found)?;
+                    let position = self.position(found, &file, description);
+                    return Ok(Original { file, position });
                 }
             }
         }
@@ -178,9 +224,10 @@ impl Originals {
         if let Some(held) = opened {
             // The one that served it, or one that served the same file in the same mode: a flock, if there is one, stays.
             self.used.borrow_mut().insert(held.number);
-            return held.file.try_clone();
+            return self.duplicate(inode, held).map(elsewhere);
         }
         self.reach(&description.facts, access | synchronous)
+            .map(elsewhere)
     }
 
     /// The file at a path of the hook, by the holder's descriptors or by name.
@@ -190,7 +237,7 @@ impl Originals {
         match self.by_name(facts, flags) {
             Ok(found) => Ok(found),
             Err(error) => match self.held.get(&facts.inode).and_then(|held| held.first()) {
-                Some(held) => reopen(held.file.as_fd(), flags),
+                Some(held) => reopen(self.duplicate(facts.inode, held)?.as_fd(), flags),
                 None => Err(error),
             },
         }
@@ -239,13 +286,16 @@ impl Originals {
     /// Gives up the OFD locks that the dead server held for others.
     pub(crate) fn unlock_servers(&self) {
         let kept: Vec<i32> = self.kept.values().copied().collect();
-        for held in self
+        for (inode, held) in self
             .held
-            .values()
-            .flatten()
-            .filter(|held| !kept.contains(&held.number) && !held.flags.contains(OFlags::PATH))
+            .iter()
+            .flat_map(|(inode, held)| held.iter().map(move |held| (*inode, held)))
+            .filter(|(_, held)| !kept.contains(&held.number) && !held.flags.contains(OFlags::PATH))
         {
-            if let Err(error) = sys::unlock_description(held.file.as_fd()) {
+            let unlocked = self
+                .duplicate(inode, held)
+                .and_then(|file| sys::unlock_description(file.as_fd()));
+            if let Err(error) = unlocked {
                 tracing::debug!(number = held.number, %error, "a lock of the dead server stays");
             }
         }

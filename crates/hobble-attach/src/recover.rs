@@ -6,8 +6,7 @@
 //!
 //! Length: both entries (the holder's successor and `hobble recover`) and the one way in which they undo.
 
-use std::collections::BTreeSet;
-use std::fs::File;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -22,7 +21,7 @@ use hobble_graft::proc::locks::{FileLock, LockClass, LockKind};
 use hobble_graft::remote;
 use hobble_graft::stop::{Deadline, Tracer};
 use hobble_graft::switch::{NoHandover, Switch};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
 
 use crate::attaching::{Traced, stop_failed, who};
@@ -31,6 +30,7 @@ use crate::error::{AttachError, Step};
 use crate::holder::{DONE, NEEDS_RECOVERY};
 use crate::journal::{self, Journal, Record};
 use crate::journaling::Steps;
+use crate::ledger::{self, Entry};
 use crate::originals::Originals;
 use crate::preflight::chain;
 use crate::session::ServeConfig;
@@ -46,6 +46,9 @@ const PAUSE: Duration = Duration::from_secs(5);
 const ROUNDS: u32 = 10;
 /// How long somebody else's recovery is waited for.
 const OTHERS: Duration = Duration::from_secs(20);
+
+/// How long a killed server gets to end once nothing keeps it.
+const LAST_BREATH: Duration = Duration::from_secs(2);
 
 /// Which attachments to recover.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,7 +76,14 @@ pub fn recover(
     let mut first = Ok(());
     for id in ids {
         let result = recover_one(state_dir, &id, force, each);
-        if let Err(error) = result {
+        // Its server, or another `hobble recover`, was faster.
+        let is_gone = *which == Which::All
+            && StateDir::open(state_dir, false)
+                .and_then(|state| state.attachment(&id))
+                .is_err_and(|error| error.is_not_found());
+        if let Err(error) = result
+            && !is_gone
+        {
             tracing::debug!(id, %error, "recovery failed");
             if first.is_ok() {
                 first = Err(error);
@@ -154,12 +164,11 @@ fn read_story(dir: &AttachmentDir) -> Result<Option<Story>, AttachError> {
             "it holds no record, and yet the hook is mounted".into(),
         )),
     };
-    if !dir.journal().exists() {
-        return untouched();
-    }
-    let file = dir
-        .open_own(&dir.journal())
-        .map_err(|error| failed(error.into()))?;
+    let file = match dir.open_own(&dir.journal(), OFlags::RDONLY) {
+        Ok(file) => file,
+        Err(error) if error.is_not_found() => return untouched(),
+        Err(error) => return Err(failed(error.into())),
+    };
     let records = journal::read(file).map_err(|error| failed(error.into()))?;
     if records.is_empty() {
         return untouched();
@@ -172,8 +181,18 @@ fn read_story(dir: &AttachmentDir) -> Result<Option<Story>, AttachError> {
 /// What the holder runs when the server has died: the same undoing, in a process that shares the holder's descriptors.
 pub(crate) fn successor(config: &ServeConfig, _holder: Pid) -> i32 {
     hang_up();
-    let result =
-        attachment(&config.state_dir, &config.id).and_then(|dir| undo(&dir, false, |_| {}));
+    let dir =
+        StateDir::open(&config.state_dir, false).and_then(|state| state.attachment(&config.id));
+    let result = match dir {
+        Ok(dir) => undo(&dir, false, |_| {}),
+        // It was at its very end, or somebody else has recovered.
+        Err(error) if error.is_not_found() => Ok(()),
+        Err(error) => Err(AttachError::new(
+            Step::Recover,
+            "the attachment's directory cannot be used",
+        )
+        .because(error)),
+    };
     match result {
         Ok(()) => DONE,
         Err(error) => {
@@ -207,6 +226,10 @@ fn hang_up() {
             && rustix::net::sockopt::socket_domain(&socket) == Ok(rustix::net::AddressFamily::UNIX)
         {
             let _ = rustix::net::shutdown(&socket, rustix::net::Shutdown::Both);
+            // Who has connected and was not accepted yet is in no list of descriptors, and a listener's end is not theirs as long as the holder has it open.
+            let waits = rustix::net::sockopt::socket_acceptconn(&socket) == Ok(true)
+                && rustix::io::ioctl_fionbio(&socket, true).is_ok();
+            while waits && rustix::net::accept(&socket).is_ok() {}
         }
     }
 }
@@ -217,44 +240,20 @@ fn undo(
     force: bool,
     mut publish: impl FnMut(EventKind),
 ) -> Result<(), AttachError> {
-    let until = Instant::now() + OTHERS;
-    let story = loop {
-        let Some(story) = read_story(dir)? else {
-            return finish(dir, None);
-        };
-        let other = story
-            .living_server()
-            .filter(|process| process.pid != hobble_graft::ids::Pid::own());
-        match other {
-            None => break story,
-            // The holder's successor, or another `hobble recover`, is at it.
-            Some(_) if Instant::now() < until => std::thread::sleep(Duration::from_millis(50)),
-            Some(process) => {
-                return Err(AttachError::new(
-                    Step::Recover,
-                    format!(
-                        "process {process} is still working on attachment `{}`",
-                        dir.id()
-                    ),
-                )
-                .hinting("look at its log, or end it"));
-            }
-        }
-        if !dir.journal().exists() {
-            return Ok(());
-        }
+    let Some(claim) = Claim::take(dir)? else {
+        return finish(dir, None);
     };
+    let Claim { story, journal, .. } = &claim;
     publish(EventKind::Recovering {
         why: Why::LostServer,
     });
-    let mut journal = open_for_more(dir)?;
-    let me = crate::server::who(rustix::process::getpid())?;
-    journal.append(&Record::Server(me)).map_err(|error| {
+    let journal = journal.try_clone().map_err(|error| {
         AttachError::new(Step::Recover, "the journal cannot be written").because(error)
     })?;
     let mut work = Undoing {
-        story: &story,
+        story,
         journal,
+        ledger: read_ledger(dir),
         left: Vec::new(),
         pause: Duration::ZERO,
     };
@@ -282,21 +281,105 @@ fn undo(
     finish(dir, story.living_holder())
 }
 
-fn open_for_more(dir: &AttachmentDir) -> Result<Journal, AttachError> {
-    let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
-        AttachError::new(Step::Recover, "the journal cannot be opened").because(error)
-    };
-    drop(
-        dir.open_own(&dir.journal())
-            .map_err(|error| failed(error.into()))?,
-    );
-    let fd = rustix::fs::open(
-        dir.journal(),
-        OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(|error| failed(std::io::Error::from(error).into()))?;
-    Ok(Journal::new(File::from(fd)))
+/// The ledger; without it the undoing goes by the journal alone.
+fn read_ledger(dir: &AttachmentDir) -> BTreeMap<i32, Entry> {
+    let read = dir
+        .open_own(&dir.ledger(), OFlags::RDONLY)
+        .map_err(|error| error.to_string())
+        .and_then(|file| ledger::read(file).map_err(|error| error.to_string()));
+    read.unwrap_or_else(|error| {
+        tracing::warn!(error, "the ledger of descriptors cannot be read");
+        BTreeMap::new()
+    })
+}
+
+/// The right to undo an attachment: as long as it lasts nobody else does. Given up when dropped, or by dying.
+struct Claim {
+    story: Story,
+    journal: Journal,
+    me: journal::Who,
+}
+
+impl Claim {
+    /// Waits until nobody else is at it. `None` when nothing is left to undo: nothing ever was, or another has done it.
+    fn take(dir: &AttachmentDir) -> Result<Option<Self>, AttachError> {
+        let me = crate::server::who(rustix::process::getpid())?;
+        let mut until = Instant::now() + OTHERS;
+        let mut last = None;
+        // Written once: what counts is the place in the order of all records.
+        let mut journal: Option<Journal> = None;
+        let gave_up = |journal: &mut Option<Journal>| {
+            if let Some(journal) = journal {
+                let _ = journal.append(&Record::GaveUp(me));
+            }
+        };
+        loop {
+            let story = match read_story(dir) {
+                Ok(Some(story)) => story,
+                Ok(None) => return Ok(None),
+                Err(error) => {
+                    gave_up(&mut journal);
+                    return Err(error);
+                }
+            };
+            let other = story
+                .living_server()
+                .filter(|process| process.pid != hobble_graft::ids::Pid::own());
+            if other.is_some() && other != last {
+                // Each gets its time.
+                last = other;
+                until = Instant::now() + OTHERS;
+            }
+            match (other, &mut journal) {
+                (None, None) => {
+                    let Some(mut opened) = open_for_more(dir)? else {
+                        return Ok(None);
+                    };
+                    opened.append(&Record::Server(me)).map_err(|error| {
+                        AttachError::new(Step::Recover, "the journal cannot be written")
+                            .because(error)
+                    })?;
+                    // Who else has come is seen by reading again.
+                    journal = Some(opened);
+                }
+                (None, Some(_)) => {
+                    return Ok(journal.map(|journal| Self { story, journal, me }));
+                }
+                // The holder's successor, or another `hobble recover`, is at it.
+                (Some(_), _) if Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(20))
+                }
+                (Some(process), _) => {
+                    gave_up(&mut journal);
+                    return Err(AttachError::new(
+                        Step::Recover,
+                        format!(
+                            "process {process} is still working on attachment `{}`",
+                            dir.id()
+                        ),
+                    )
+                    .hinting("look at its log, or end it"));
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let _ = self.journal.append(&Record::GaveUp(self.me));
+    }
+}
+
+/// The journal, to be written on; `None` when another has ended the attachment meanwhile.
+fn open_for_more(dir: &AttachmentDir) -> Result<Option<Journal>, AttachError> {
+    match dir.open_own(&dir.journal(), OFlags::WRONLY | OFlags::APPEND) {
+        Ok(file) => Ok(Some(Journal::new(file))),
+        Err(error) if error.is_not_found() => Ok(None),
+        Err(error) => {
+            Err(AttachError::new(Step::Recover, "the journal cannot be opened").because(error))
+        }
+    }
 }
 
 /// Ends the holder, if it is not our own parent that is waiting for us, and removes the directory.
@@ -321,6 +404,7 @@ fn finish(dir: &AttachmentDir, holder: Option<ProcessId>) -> Result<(), AttachEr
 struct Undoing<'a> {
     story: &'a Story,
     journal: Journal,
+    ledger: BTreeMap<i32, Entry>,
     left: Vec<NotCoveredStatus>,
     pause: Duration,
 }
@@ -348,15 +432,17 @@ impl Undoing<'_> {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}
             Err(error) => tracing::warn!(%error, "the connection could not be aborted"),
         }
+        self.wait_for_the_dead();
         self.clean();
         // Before the volume is looked up again: its path leads to the hook until then.
         self.unmount(device)?;
-        let originals = Originals::collect(story)?;
+        let originals = Originals::collect(story, std::mem::take(&mut self.ledger))?;
         for _ in 0..ROUNDS {
             self.unmount(device)?;
             let mut processes = sighting::holders(device);
-            processes
-                .retain(|process| Some(*process) != story.holder && Some(*process) != story.server);
+            processes.retain(|process| {
+                Some(*process) != story.holder && !story.servers.contains(process)
+            });
             if processes.is_empty() {
                 return Ok(());
             }
@@ -365,6 +451,21 @@ impl Undoing<'_> {
             }
         }
         Ok(())
+    }
+
+    /// A server that was killed while it waited for itself ends only now, and lets go of the processes that it traces when it does.
+    fn wait_for_the_dead(&self) {
+        let own = hobble_graft::ids::Pid::own();
+        let until = Instant::now() + LAST_BREATH;
+        let lingers = |process: &ProcessId| {
+            process.pid != own
+                && process.is_ending().unwrap_or(false)
+                && process.is_alive().unwrap_or(false)
+        };
+        while self.story.servers.iter().any(lingers) && Instant::now() < until {
+            // Only its parent is told.
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// What a dead server left in processes. Only after the connection has been aborted: a thread that waits for the dead server cannot be stopped.
@@ -449,11 +550,14 @@ impl Undoing<'_> {
         for description in census.descriptions() {
             match originals.of(description, &census) {
                 Ok(original) => {
-                    let locks = self.posix_locks(description, &census, &original);
+                    let locks = self.posix_locks(description, &census, &original.file);
                     if !locks.is_empty() {
                         switch.locks(description.id, locks);
                     }
-                    switch.description(description.id, original);
+                    if let Some(position) = original.position {
+                        switch.position(description.id, position);
+                    }
+                    switch.description(description.id, original.file);
                     moves += 1;
                 }
                 Err(error) => self.leave(&description.facts, &error),

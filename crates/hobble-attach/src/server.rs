@@ -21,6 +21,7 @@ use crate::engine::Engine;
 use crate::error::{AttachError, Step};
 use crate::holder::{DONE, NEEDS_RECOVERY};
 use crate::journal::{Journal, Record, Who};
+use crate::ledger::Ledger;
 use crate::session::ServeConfig;
 use crate::state_dir::{AttachmentDir, StateDir};
 use crate::{inspect, sys};
@@ -38,8 +39,12 @@ pub(crate) fn who(pid: Pid) -> Result<Who, AttachError> {
     })
 }
 
-/// Opens a fresh journal: who holds, who serves, which boot.
-fn open_journal(dir: &AttachmentDir, id: &str, holder: Pid) -> Result<Journal, AttachError> {
+/// Opens a fresh journal: who holds, who serves, which boot; and the ledger beside it.
+fn open_journal(
+    dir: &AttachmentDir,
+    id: &str,
+    holder: Pid,
+) -> Result<(Journal, Ledger), AttachError> {
     let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
         AttachError::new(Step::Journal, "the journal cannot be written")
             .because(error)
@@ -48,7 +53,7 @@ fn open_journal(dir: &AttachmentDir, id: &str, holder: Pid) -> Result<Journal, A
             )
     };
     let file = dir
-        .create_own(&dir.journal())
+        .create_own(&dir.journal(), true)
         .map_err(|error| failed(error.into()))?;
     let mut journal = Journal::new(file);
     let boot_id = hobble_graft::ids::BootId::current().map_err(|error| failed(error.into()))?;
@@ -67,7 +72,10 @@ fn open_journal(dir: &AttachmentDir, id: &str, holder: Pid) -> Result<Journal, A
             ))
         })
         .map_err(|error| failed(error.into()))?;
-    Ok(journal)
+    let ledger = dir
+        .create_own(&dir.ledger(), false)
+        .map_err(|error| failed(error.into()))?;
+    Ok((journal, Ledger::new(ledger)))
 }
 
 fn foreign(error: AttachError) -> crate::journal::JournalError {
@@ -95,14 +103,14 @@ pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32
         Ok(dir) => dir,
         Err(error) => return give_up(&lifeline, &error.to_string()),
     };
-    let journal = match open_journal(&dir, &config.id, holder) {
-        Ok(journal) => journal,
+    let (journal, ledger) = match open_journal(&dir, &config.id, holder) {
+        Ok(opened) => opened,
         Err(error) => return give_up(&lifeline, &format!("{error}: {}", error.cause_chain())),
     };
     crate::fault_point::pass("journal-opened");
     let board = Arc::new(Board::new(first_status(&config, holder)));
     let (engine_in, commands) = mpsc::channel();
-    let mut engine = Engine::new(config.clone(), journal, Arc::clone(&board));
+    let mut engine = Engine::new(config.clone(), journal, ledger, Arc::clone(&board));
     let counters = engine.counters();
     let targets = engine.targets();
     let front = Front {

@@ -147,7 +147,7 @@ fn start(
     };
     let (ours, theirs) = UnixStream::pair().map_err(spawn("make the lifeline"))?;
     let log = dir
-        .create_own(&dir.log())
+        .create_own(&dir.log(), true)
         .map_err(|error| AttachError::new(Step::Journal, "create the log").because(error))?;
     let program = options
         .server_program

@@ -15,6 +15,7 @@ use hobble_mirror::adopt::{AdoptedId, HandleId};
 use crate::attaching::who;
 use crate::hook::Hook;
 use crate::journal::{Kept, Place};
+use crate::ledger::Entry;
 use crate::preflight::chain;
 
 /// What replaces what the census found: opened on the hook, each bound to the original it stands for.
@@ -22,6 +23,8 @@ use crate::preflight::chain;
 pub(crate) struct StandIns {
     descriptions: BTreeMap<DescriptionId, OwnedFd>,
     pub(crate) adopted: BTreeMap<DescriptionId, AdoptedId>,
+    /// Our descriptors of the originals.
+    numbers: BTreeMap<DescriptionId, i32>,
     files: BTreeMap<MappedFileId, OwnedFd>,
     directories: BTreeMap<(FsId, bool), OwnedFd>,
     /// Adopted for the sake of a stand-in only: mappings and directories keep their files themselves.
@@ -67,6 +70,7 @@ impl StandIns {
                         places: found,
                     });
                     self.adopted.insert(description.id, id);
+                    self.numbers.insert(description.id, holder_fd);
                     self.descriptions.insert(description.id, stand_in);
                 }
                 Err(error) => {
@@ -107,6 +111,17 @@ impl StandIns {
             }
         }
         kept
+    }
+
+    /// Where the originals are now, for the ledger.
+    pub(crate) fn positions(&self, census: &Census) -> BTreeMap<i32, Entry> {
+        self.descriptions
+            .keys()
+            .filter_map(|id| {
+                let position = census.description(*id)?.position;
+                Some((*self.numbers.get(id)?, Entry::Kept { position }))
+            })
+            .collect()
     }
 
     /// Forgets what a second look found gone.

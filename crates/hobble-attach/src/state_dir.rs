@@ -1,7 +1,7 @@
 //! The directory under which every attachment keeps its journal, socket and log.
 //!
 //! Invariant: nothing in it is trusted before it has been opened without following links and found to be a directory or regular file
-//! of root's that nobody else can write. Layout: `<state dir>/<id>/{journal,control.sock,log,spec.json}`.
+//! of root's that nobody else can write. Layout: `<state dir>/<id>/{journal,ledger,control.sock,log}`.
 
 use std::fs;
 use std::io;
@@ -147,16 +147,21 @@ impl AttachmentDir {
         self.path.join("journal")
     }
 
+    /// What is known of single descriptors.
+    pub(crate) fn ledger(&self) -> PathBuf {
+        self.path.join("ledger")
+    }
+
     /// The log of holder and server.
     pub(crate) fn log(&self) -> PathBuf {
         self.path.join("log")
     }
 
-    /// Opens a file of ours for reading: no link, root's, not writable by others.
-    pub(crate) fn open_own(&self, path: &Path) -> Result<fs::File, StateError> {
+    /// Opens a file of ours: no link, root's, not writable by others.
+    pub(crate) fn open_own(&self, path: &Path, how: OFlags) -> Result<fs::File, StateError> {
         let fd: OwnedFd = rustix::fs::open(
             path,
-            OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK,
+            how | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK,
             Mode::empty(),
         )
         .map_err(|e| io_error("open", path)(e.into()))?;
@@ -175,11 +180,12 @@ impl AttachmentDir {
         Ok(file)
     }
 
-    /// Creates a file of ours; it must not exist.
-    pub(crate) fn create_own(&self, path: &Path) -> Result<fs::File, StateError> {
+    /// Creates a file of ours, to be appended to or to be written anywhere; it must not exist.
+    pub(crate) fn create_own(&self, path: &Path, append: bool) -> Result<fs::File, StateError> {
         fs::OpenOptions::new()
             .read(true)
-            .append(true)
+            .append(append)
+            .write(true)
             .create_new(true)
             .mode(0o600)
             .open(path)
@@ -188,7 +194,7 @@ impl AttachmentDir {
 
     /// Removes the attachment's directory with everything that is ours in it.
     pub(crate) fn remove(&self) -> Result<(), StateError> {
-        for file in [self.socket(), self.journal(), self.log()] {
+        for file in [self.socket(), self.journal(), self.ledger(), self.log()] {
             match fs::remove_file(&file) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -254,6 +260,10 @@ mod tests {
         let state = StateDir::open(dir.path(), true).expect("state directory");
         let attachment = state.create("abcd").expect("attachment");
         std::os::unix::fs::symlink("/etc/passwd", attachment.journal()).expect("symlink");
-        assert!(attachment.open_own(&attachment.journal()).is_err());
+        assert!(
+            attachment
+                .open_own(&attachment.journal(), OFlags::RDONLY)
+                .is_err()
+        );
     }
 }

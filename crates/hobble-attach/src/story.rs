@@ -14,7 +14,8 @@ use crate::journal::{Around, JournalError, Kept, PosixLock, Record, Who};
 #[derive(Debug, Default)]
 pub(crate) struct Story {
     pub(crate) holder: Option<ProcessId>,
-    pub(crate) server: Option<ProcessId>,
+    /// Who has served or begun to undo, in order, those left out that have given up.
+    pub(crate) servers: Vec<ProcessId>,
     pub(crate) target: Option<ProcessId>,
     pub(crate) scope: String,
     pub(crate) mount_ns: u64,
@@ -75,7 +76,11 @@ impl Story {
                     }
                 }
                 Record::Holder(who) => story.holder = process(who),
-                Record::Server(who) => story.server = process(who),
+                Record::Server(who) => story.servers.extend(process(who)),
+                Record::GaveUp(who) => {
+                    let gave_up = process(who);
+                    story.servers.retain(|server| Some(*server) != gave_up);
+                }
                 Record::Attachment {
                     target,
                     scope,
@@ -134,10 +139,13 @@ impl Story {
             .filter(|process| process.is_alive().unwrap_or(false))
     }
 
-    /// The last server or recoverer, if it still lives.
+    /// Whose the attachment is: the first server or recoverer that still lives. Records are appended in one order that everybody sees, so two that begin at the same
+    /// time agree on who goes first.
     pub(crate) fn living_server(&self) -> Option<ProcessId> {
-        self.server
-            .filter(|process| process.is_alive().unwrap_or(false))
+        self.servers
+            .iter()
+            .copied()
+            .find(|process| !process.is_ending().unwrap_or(true))
     }
 }
 

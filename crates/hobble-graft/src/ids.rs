@@ -169,7 +169,31 @@ impl ProcessId {
             Err(error) => Err(error),
         }
     }
+
+    /// Whether this very process is past saving, though it may still be seen: its first thread has ended or is exiting, or SIGKILL is pending for it. A
+    /// killed process stays in this state, for ever if need be, while one of its threads sleeps in a request to a filesystem that nobody serves any more (the
+    /// wait for an answer that has been read by the server is not killable, fs/fuse/dev.c `request_wait_answer`); its parent hears nothing of its death until then.
+    ///
+    /// Not for programs that end their first thread and go on.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read for another reason than the process being gone.
+    pub fn is_ending(self) -> Result<bool, ProcError> {
+        let looked = stat::of_process(self.pid)
+            .and_then(|stat| Ok((stat, super::proc::status::of_process(self.pid)?)));
+        match looked {
+            Ok((stat, status)) => Ok(stat.start_time != self.start_time
+                || stat.state.is_dead()
+                || stat.is_exiting()
+                || status.pending.contains(SIGKILL)
+                || status.shared_pending.contains(SIGKILL)),
+            Err(ProcError::Gone { .. }) => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
 }
+
+const SIGKILL: u32 = libc::SIGKILL.cast_unsigned();
 
 impl fmt::Display for ProcessId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -262,8 +286,11 @@ mod tests {
             );
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
+        assert!(id.is_ending().unwrap());
         child.wait().unwrap();
         assert!(!id.is_alive().unwrap());
+        assert!(id.is_ending().unwrap());
+        assert!(!ProcessId::own().unwrap().is_ending().unwrap());
     }
 
     #[test]

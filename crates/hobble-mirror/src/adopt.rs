@@ -13,7 +13,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -205,6 +205,16 @@ impl Mirror {
     /// `EINVAL` for an unknown id; `EMFILE`.
     pub fn original(&self, id: AdoptedId) -> io::Result<OwnedFd> {
         self.inner.adopted(id)?.original.try_clone()
+    }
+
+    /// The number of the descriptor that keeps the original of a moved description: under it, a process that shares this one's descriptor table finds the original
+    /// when this one has died. `None` for an unknown id.
+    #[must_use]
+    pub fn original_number(&self, id: AdoptedId) -> Option<RawFd> {
+        self.inner
+            .adopted(id)
+            .ok()
+            .map(|adopted| adopted.original.as_raw_fd())
     }
 
     /// Opens a stand-in for a moved description on `mount` (the hook's mount or its root directory), from the calling thread, which must not serve requests. Access

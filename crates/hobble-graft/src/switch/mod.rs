@@ -249,6 +249,7 @@ pub struct Report {
 pub struct Switch<'c> {
     census: &'c Census,
     descriptions: BTreeMap<DescriptionId, OwnedFd>,
+    positions: BTreeMap<DescriptionId, i64>,
     directories: BTreeMap<(FsId, bool), OwnedFd>,
     files: BTreeMap<MappedFileId, OwnedFd>,
     locks: BTreeMap<DescriptionId, Vec<DescriptionLock>>,
@@ -261,6 +262,7 @@ impl<'c> Switch<'c> {
         Self {
             census,
             descriptions: BTreeMap::new(),
+            positions: BTreeMap::new(),
             directories: BTreeMap::new(),
             files: BTreeMap::new(),
             locks: BTreeMap::new(),
@@ -272,6 +274,11 @@ impl<'c> Switch<'c> {
     /// [`Switch::apply`]; its access mode must be the same.
     pub fn description(&mut self, id: DescriptionId, replacement: OwnedFd) {
         self.descriptions.insert(id, replacement);
+    }
+
+    /// Says where a replacement shall stand, if not where the census found the description that it replaces.
+    pub fn position(&mut self, id: DescriptionId, position: i64) {
+        self.positions.insert(id, position);
     }
 
     /// Says which POSIX locks are held on a description's file, where the census cannot see them: the kernel shows none with a
@@ -386,7 +393,8 @@ impl<'c> Switch<'c> {
     fn carry_over(&self) -> Result<(), SwitchError> {
         for (id, replacement) in &self.descriptions {
             if let Some(facts) = self.census.description(*id) {
-                copy_description_state(facts, replacement.as_fd()).map_err(|errno| {
+                let position = self.positions.get(id).copied().unwrap_or(facts.position);
+                copy_description_state(facts, position, replacement.as_fd()).map_err(|errno| {
                     SwitchError::State {
                         description: *id,
                         errno,

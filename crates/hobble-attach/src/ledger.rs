@@ -1,0 +1,144 @@
+//! The ledger: what is known of single descriptors of the holder's, for whoever undoes an attachment whose server is dead.
+//!
+//! Where the journal tells of steps, the ledger tells of states that change too often for a record each. It is a file of slots of one size, a slot for
+//! every descriptor number of the table that holder and server share. Invariants: a slot is written before that which it describes is relied on; reading treats the
+//! file as hostile, so a slot is a hint about a descriptor that must be checked against the descriptor itself.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+
+/// Bytes of a slot: kind, pid, start time, value.
+const SLOT: usize = 32;
+/// No process has more descriptors (`fs.nr_open` is 2^20 unless raised).
+const MAX_SLOTS: usize = 1 << 20;
+
+/// What is said about one descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Entry {
+    /// It keeps an original, which had this position at the last exchange.
+    ///
+    /// An exchange goes table by table, so a server that dies in the middle of one leaves processes that shared a description with one on either side of
+    /// the hook. Which of the two has been used since, and so has the true position, is the one that is not where it was.
+    Kept {
+        /// Bytes from the beginning, or a cookie of the directory.
+        position: i64,
+    },
+}
+
+impl Entry {
+    fn encode(self) -> [u8; SLOT] {
+        let (kind, value) = match self {
+            Self::Kept { position } => (1_u64, position),
+        };
+        let mut slot = [0; SLOT];
+        for (place, word) in slot
+            .chunks_exact_mut(8)
+            .zip([kind, 0, 0, value.cast_unsigned()])
+        {
+            place.copy_from_slice(&word.to_ne_bytes());
+        }
+        slot
+    }
+
+    fn decode(slot: &[u8]) -> Option<Self> {
+        let mut words = slot
+            .chunks_exact(8)
+            .filter_map(|word| word.try_into().ok().map(u64::from_ne_bytes));
+        let (kind, _, _, value) = (words.next()?, words.next()?, words.next()?, words.next()?);
+        match kind {
+            1 => Some(Self::Kept {
+                position: value.cast_signed(),
+            }),
+            _ => None,
+        }
+    }
+}
+
+/// The ledger of an attachment that is served.
+#[derive(Debug)]
+pub(crate) struct Ledger {
+    file: File,
+}
+
+impl Ledger {
+    /// A ledger on a file opened for writing, not for appending.
+    pub(crate) fn new(file: File) -> Self {
+        Self { file }
+    }
+
+    /// Writes what is known of some descriptors.
+    ///
+    /// # Errors
+    /// What writing says; nothing may be done then that relies on it.
+    pub(crate) fn write(&self, entries: &BTreeMap<i32, Entry>) -> io::Result<()> {
+        // Numbers of descriptors that were opened together follow each other: one write for each run of them, as the target may be standing still.
+        let mut run: Vec<u8> = Vec::with_capacity(entries.len() * SLOT);
+        let mut first = 0;
+        for (number, entry) in entries {
+            let Ok(number) = u64::try_from(*number) else {
+                continue;
+            };
+            if first + (run.len() / SLOT) as u64 != number {
+                self.write_run(first, &run)?;
+                run.clear();
+                first = number;
+            }
+            run.extend(entry.encode());
+        }
+        self.write_run(first, &run)
+    }
+
+    fn write_run(&self, first: u64, run: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(run, first * SLOT as u64)
+    }
+}
+
+/// Everything a ledger says, by descriptor number.
+///
+/// # Errors
+/// What reading says.
+pub(crate) fn read(file: File) -> io::Result<BTreeMap<i32, Entry>> {
+    let mut bytes = Vec::new();
+    file.take((MAX_SLOTS * SLOT) as u64)
+        .read_to_end(&mut bytes)?;
+    let slots = bytes.chunks_exact(SLOT).enumerate();
+    Ok(slots
+        .filter_map(|(number, slot)| Some((i32::try_from(number).ok()?, Entry::decode(slot)?)))
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn write_and_read(batches: &[BTreeMap<i32, Entry>]) -> BTreeMap<i32, Entry> {
+        let file = tempfile::tempfile().expect("temporary file");
+        let ledger = Ledger::new(file.try_clone().expect("duplicate"));
+        for batch in batches {
+            ledger.write(batch).expect("write");
+        }
+        read(file).expect("read")
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_written_last_is_read(batches in proptest::collection::vec(proptest::collection::btree_map(0..40_i32, any::<i64>(), 0..20), 0..6)) {
+            let batches: Vec<BTreeMap<i32, Entry>> = batches
+                .into_iter()
+                .map(|batch| batch.into_iter().map(|(number, position)| (number, Entry::Kept { position })).collect())
+                .collect();
+            let expected: BTreeMap<i32, Entry> = batches.iter().flatten().map(|(number, entry)| (*number, *entry)).collect();
+            prop_assert_eq!(write_and_read(&batches), expected);
+        }
+
+        #[test]
+        fn nonsense_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let file = tempfile::tempfile().expect("temporary file");
+            file.write_all_at(&bytes, 0).expect("write");
+            let _ = read(file);
+        }
+    }
+}
