@@ -116,9 +116,41 @@ static void open_slot(int index) {
     slot->cloexec = fcntl(slot->fd, F_GETFD);
 }
 
+/* A call that failed because whoever served it died may have been carried out all the same, as on any filesystem over a network: what became of it is looked
+ * up before the slot is used again. Only one step can be in doubt, and nothing else may have happened. */
+#define DOUBT (1LL << 40)
+
+static bool settle(struct slot *slot) {
+    int64_t *value = &state->values[slot->place], was = *value & ~DOUBT;
+    struct stat status;
+    char plain[PATH_MAX + 64], renamed[PATH_MAX + 80];
+    if (!(*value & DOUBT))
+        return true;
+    if (slot->sort == RENAMED) {
+        snprintf(plain, sizeof plain, "%s/file-%d", directory, slot->number);
+        snprintf(renamed, sizeof renamed, "%s.renamed", plain);
+        bool is_plain = !access(plain, F_OK), is_renamed = !access(renamed, F_OK);
+        if (is_plain == is_renamed)
+            return !failed("access", slot);
+        *value = is_renamed;
+        return true;
+    }
+    if (fstat(slot->fd, &status))
+        return !failed("fstat", slot);
+    int64_t now = status.st_size / RECORD;
+    bool emptied = was * RECORD >= APPEND_LIMIT && now == 0;
+    if (status.st_size % RECORD || !(now == was || now == was + 1 || emptied))
+        fail("descriptor %d has %lld bytes appended, must have %lld or one record more", slot->fd,
+             (long long)status.st_size, (long long)was * RECORD);
+    *value = now;
+    return true;
+}
+
 static void step(struct slot *slot, unsigned *random) {
     unsigned char buffer[SIZE];
     int64_t *value = &state->values[slot->place];
+    if (!settle(slot))
+        return;
     int64_t offset = rand_r(random) % SIZE;
     int length = 1 + rand_r(random) % (SIZE - offset);
     ssize_t got;
@@ -146,6 +178,7 @@ static void step(struct slot *slot, unsigned *random) {
     case APPEND: {
         if (*value * RECORD >= APPEND_LIMIT) {
             if (ftruncate(slot->fd, 0)) {
+                *value |= DOUBT;
                 failed("ftruncate", slot);
                 break;
             }
@@ -154,9 +187,10 @@ static void step(struct slot *slot, unsigned *random) {
         char record[64];
         snprintf(record, sizeof record, "%07d:%07lld\n", slot->number % 10000000, (long long)*value % 10000000);
         got = write(slot->fd, record, RECORD);
-        if (got < 0)
+        if (got < 0) {
+            *value |= DOUBT;
             failed("append", slot);
-        else if (got != RECORD)
+        } else if (got != RECORD)
             fail("append to descriptor %d: %zd of %d bytes", slot->fd, got, RECORD);
         else
             *value += 1;
@@ -182,10 +216,12 @@ static void step(struct slot *slot, unsigned *random) {
         char from[PATH_MAX + 64], to[PATH_MAX + 64];
         snprintf(from, sizeof from, "%s/file-%d%s", directory, slot->number, *value ? ".renamed" : "");
         snprintf(to, sizeof to, "%s/file-%d%s", directory, slot->number, *value ? "" : ".renamed");
-        if (rename(from, to))
+        if (rename(from, to)) {
+            *value |= DOUBT;
             failed("rename", slot);
-        else
+        } else {
             *value = !*value;
+        }
     } /* fall through */
     case UNLINKED:
     case TMPFILE:
@@ -283,6 +319,8 @@ static void *work_thread(void *argument) {
 
 static void check_slot(struct slot *slot) {
     struct stat status;
+    if (!settle(slot))
+        return;
     int64_t value = state->values[slot->place];
     if (fstat(slot->fd, &status)) {
         failed("fstat", slot);
