@@ -506,15 +506,13 @@ impl Engine {
             .map_err(|error| {
                 AttachError::new(Step::Journal, "the journal cannot be written").because(error)
             })?;
-        self.ledger.write(&positions).map_err(|error| {
-            AttachError::io(Step::Journal, "write the ledger of descriptors", error)
-        })?;
         fault_point::pass("grafting");
         let report = switch.apply(
             stopped,
             deadline,
             &mut Steps {
                 journal: &mut self.journal,
+                positions: Some((&self.ledger, &positions)),
             },
             &mut keeper,
         );

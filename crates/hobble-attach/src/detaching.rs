@@ -160,16 +160,13 @@ impl Engine {
             let returns = returns(hook, &census, &known, force)?;
             hook.stop_flushing(returns.stays.is_empty());
             watch.lap("originals");
-            // The originals are put where the hook's files are now; which of both is used after a death in the middle shows by its position.
-            self.ledger.write(&returns.positions).unwrap_or_else(
-                |error| tracing::warn!(%error, "the ledger does not tell of positions"),
-            );
             let mut keeper = Outwards::new(hook, &returns.owners);
             let applied = returns.switch.apply(
                 &mut stopped,
                 deadline,
                 &mut Steps {
                     journal: &mut self.journal,
+                    positions: Some((&self.ledger, &returns.positions)),
                 },
                 &mut keeper,
             );

@@ -1,15 +1,19 @@
 //! Writes the steps of an exchange into the journal before they are made.
 
+use std::collections::BTreeMap;
 use std::io;
 
-use hobble_graft::switch::{Step, StepLog};
+use hobble_graft::switch::{Step, StepLog, Way};
 
 use crate::journal::{Journal, Record, Who};
+use crate::ledger::{Entry, Ledger};
 
 /// The journal as the switch sees it.
 pub(crate) struct Steps<'a> {
     /// Where to.
     pub(crate) journal: &'a mut Journal,
+    /// What the ledger has to say once the replacements stand where they shall and before the first of them is in place.
+    pub(crate) positions: Option<(&'a Ledger, &'a BTreeMap<i32, Entry>)>,
 }
 
 impl StepLog for Steps<'_> {
@@ -27,6 +31,14 @@ impl StepLog for Steps<'_> {
                 soft: *soft,
             },
             // What refers to what is found exactly by a census; these would only repeat it roughly.
+            Step::Descriptors {
+                way: Way::There, ..
+            } => {
+                return self
+                    .positions
+                    .take()
+                    .map_or(Ok(()), |(ledger, positions)| ledger.write(positions));
+            }
             _ => return Ok(()),
         };
         self.journal.append(&record).map_err(io::Error::other)

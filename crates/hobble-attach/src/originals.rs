@@ -24,7 +24,7 @@ pub(crate) struct Originals {
     holder: Option<OwnedFd>,
     /// The holder's descriptors of files on the volume's device, by inode.
     held: BTreeMap<u64, Vec<HeldFile>>,
-    ledger: BTreeMap<i32, Entry>,
+    ledger: RefCell<BTreeMap<i32, Entry>>,
     kept: BTreeMap<(i32, u64, i32), i32>,
     root: Option<(OwnedFd, Vec<u8>)>,
     /// Descriptions of the server's that have been given away: each serves one open file.
@@ -40,14 +40,16 @@ struct HeldFile {
 /// What stands behind an open file of the hook.
 pub(crate) struct Original {
     pub(crate) file: OwnedFd,
-    /// Where it must stand, if not where the hook's file does.
-    pub(crate) position: Option<i64>,
+    /// It stands where it must, and somebody may be using it.
+    pub(crate) stands: bool,
+    /// The holder's descriptor that keeps it, if one does.
+    pub(crate) number: Option<i32>,
 }
 
 impl Originals {
     pub(crate) fn collect(
         story: &Story,
-        ledger: BTreeMap<i32, Entry>,
+        ledger: &BTreeMap<i32, Entry>,
     ) -> Result<Self, AttachError> {
         let mut holder_fd = None;
         let mut held: BTreeMap<u64, Vec<HeldFile>> = BTreeMap::new();
@@ -135,7 +137,7 @@ impl Originals {
         Ok(Self {
             holder: holder_fd,
             held,
-            ledger,
+            ledger: RefCell::new(ledger.clone()),
             kept,
             root,
             used: RefCell::default(),
@@ -156,12 +158,16 @@ impl Originals {
         }
     }
 
-    /// Where a kept original must stand: see [`Entry::Kept`].
-    fn position(&self, held: &HeldFile, file: &OwnedFd, description: &Description) -> Option<i64> {
-        let Entry::Kept { position: then } = *self.ledger.get(&held.number)?;
-        let now = rustix::fs::seek(file, rustix::fs::SeekFrom::Current(0)).ok()?;
-        let now = i64::try_from(now).ok()?;
-        (description.position == then && now != then).then_some(now)
+    /// Whether a kept original stands where it must: see [`Entry::Kept`]. The hook's file has not moved since the exchange; the original may have, in
+    /// a process that the exchange had not come to, and that is not stopped because it holds nothing of the hook.
+    fn stands(&self, held: &HeldFile, description: &Description) -> bool {
+        let now = description.position;
+        matches!(self.ledger.borrow().get(&held.number), Some(Entry::Kept { position }) if *position == now)
+    }
+
+    /// Takes note of where originals stand now that they are given back.
+    pub(crate) fn placed(&self, positions: BTreeMap<i32, Entry>) {
+        self.ledger.borrow_mut().extend(positions);
     }
 
     /// The description that stands behind one on the hook.
@@ -172,7 +178,8 @@ impl Originals {
     ) -> std::io::Result<Original> {
         let elsewhere = |file| Original {
             file,
-            position: None,
+            stands: false,
+            number: None,
         };
         let inode = description.facts.inode;
         let access =
@@ -209,8 +216,13 @@ impl Originals {
                     })
                 {
                     let file = self.duplicate(inode, found)?;
-                    let position = self.position(found, &file, description);
-                    return Ok(Original { file, position });
+                    let stands = self.stands(found, description);
+                    let number = Some(found.number);
+                    return Ok(Original {
+                        file,
+                        stands,
+                        number,
+                    });
                 }
             }
         }

@@ -30,7 +30,7 @@ use crate::error::{AttachError, Step};
 use crate::holder::{DONE, NEEDS_RECOVERY};
 use crate::journal::{self, Journal, Record};
 use crate::journaling::Steps;
-use crate::ledger::{self, Entry};
+use crate::ledger::{self, Entry, Ledger};
 use crate::originals::Originals;
 use crate::preflight::chain;
 use crate::session::ServeConfig;
@@ -253,7 +253,11 @@ fn undo(
     let mut work = Undoing {
         story,
         journal,
-        ledger: read_ledger(dir),
+        known: read_ledger(dir),
+        ledger: dir
+            .open_own(&dir.ledger(), OFlags::WRONLY)
+            .ok()
+            .map(Ledger::new),
         left: Vec::new(),
         pause: Duration::ZERO,
     };
@@ -404,7 +408,10 @@ fn finish(dir: &AttachmentDir, holder: Option<ProcessId>) -> Result<(), AttachEr
 struct Undoing<'a> {
     story: &'a Story,
     journal: Journal,
-    ledger: BTreeMap<i32, Entry>,
+    /// What the ledger said in the beginning.
+    known: BTreeMap<i32, Entry>,
+    /// The ledger, for whoever goes on if we are killed too.
+    ledger: Option<Ledger>,
     left: Vec<NotCoveredStatus>,
     pause: Duration,
 }
@@ -436,7 +443,7 @@ impl Undoing<'_> {
         self.clean();
         // Before the volume is looked up again: its path leads to the hook until then.
         self.unmount(device)?;
-        let originals = Originals::collect(story, std::mem::take(&mut self.ledger))?;
+        let originals = Originals::collect(story, &self.known)?;
         for _ in 0..ROUNDS {
             self.unmount(device)?;
             let mut processes = sighting::holders(device);
@@ -544,6 +551,7 @@ impl Undoing<'_> {
             },
         )?;
         self.left.clear();
+        let mut positions = BTreeMap::new();
         let mut switch = Switch::new(&census);
         switch.locks_are_gone();
         let mut moves = 0;
@@ -554,8 +562,11 @@ impl Undoing<'_> {
                     if !locks.is_empty() {
                         switch.locks(description.id, locks);
                     }
-                    if let Some(position) = original.position {
-                        switch.position(description.id, position);
+                    if original.stands {
+                        switch.keep_position(description.id);
+                    } else if let Some(number) = original.number {
+                        let position = description.position;
+                        positions.insert(number, Entry::Kept { position });
                     }
                     switch.description(description.id, original.file);
                     moves += 1;
@@ -601,10 +612,12 @@ impl Undoing<'_> {
             deadline,
             &mut Steps {
                 journal: &mut self.journal,
+                positions: self.ledger.as_ref().map(|ledger| (ledger, &positions)),
             },
             &mut NoHandover,
         );
         let released = stopped.release();
+        originals.placed(positions);
         self.pause = self.pause.max(released.stood_still);
         let report = report.map_err(|failed| {
             AttachError::new(Step::Recover, "the target's files could not be given back")

@@ -144,6 +144,7 @@ impl Engine {
             deadline,
             &mut Steps {
                 journal: &mut self.journal,
+                positions: None,
             },
             &mut NoHandover,
         );

@@ -63,6 +63,7 @@ fn survives(
             let mut step = || -> Result<()> {
                 target.expect("tolerate 1")?;
                 crash(name, &mut hobble, volume, target.pid())?;
+                hobble.keep_logs();
                 clean_up(&hobble)?;
                 target.expect("tolerate 0")?;
                 assert_hooked(&target, volume.path(), false)?;

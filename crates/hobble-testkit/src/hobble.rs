@@ -284,18 +284,40 @@ impl Hobble {
             .collect()
     }
 
-    /// What the servers of attachments that are still there have logged, and which steps their journals tell of: for whoever looks into a failed test.
+    /// Keeps the logs and journals of the attachments that there are now beyond their end, for [`Hobble::logs`].
+    pub fn keep_logs(&self) {
+        for (directory, name) in self.log_files(&self.state) {
+            let id = directory.file_name().unwrap_or_default();
+            let kept = self.scratch.path().join("kept").join(id);
+            // Links: what is written to them later is kept too. Best effort, nothing depends on it.
+            let _ = fs::create_dir_all(&kept);
+            let _ = fs::hard_link(directory.join(name), kept.join(name));
+        }
+    }
+
+    fn log_files(&self, below: &Path) -> Vec<(PathBuf, &'static str)> {
+        fs::read_dir(below)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .flat_map(|entry| ["log", "journal"].map(|name| (entry.path(), name)))
+            .filter(|(directory, name)| directory.join(name).exists())
+            .collect()
+    }
+
+    /// What the servers of attachments that are still there, or were kept, have logged, and which steps their journals tell of: for whoever looks into a
+    /// failed test.
     pub fn logs(&self) -> String {
         let mut text = String::new();
-        for entry in fs::read_dir(&self.state).into_iter().flatten().flatten() {
-            for name in ["log", "journal"] {
-                let file = entry.path().join(name);
-                let all = fs::read_to_string(&file).unwrap_or_default();
-                text.push_str(&format!("── {}\n", file.display()));
-                for line in all.lines() {
-                    text.extend(line.chars().take(LOG_LINE));
-                    text.push('\n');
-                }
+        let mut files = self.log_files(&self.scratch.path().join("kept"));
+        files.extend(self.log_files(&self.state));
+        for (directory, name) in files {
+            let file = directory.join(name);
+            let all = fs::read_to_string(&file).unwrap_or_default();
+            text.push_str(&format!("── {}\n", file.display()));
+            for line in all.lines() {
+                text.extend(line.chars().take(LOG_LINE));
+                text.push('\n');
             }
         }
         text

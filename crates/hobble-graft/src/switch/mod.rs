@@ -22,7 +22,7 @@ mod state;
 mod steps;
 mod sys;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -249,7 +249,7 @@ pub struct Report {
 pub struct Switch<'c> {
     census: &'c Census,
     descriptions: BTreeMap<DescriptionId, OwnedFd>,
-    positions: BTreeMap<DescriptionId, i64>,
+    placed: BTreeSet<DescriptionId>,
     directories: BTreeMap<(FsId, bool), OwnedFd>,
     files: BTreeMap<MappedFileId, OwnedFd>,
     locks: BTreeMap<DescriptionId, Vec<DescriptionLock>>,
@@ -262,7 +262,7 @@ impl<'c> Switch<'c> {
         Self {
             census,
             descriptions: BTreeMap::new(),
-            positions: BTreeMap::new(),
+            placed: BTreeSet::new(),
             directories: BTreeMap::new(),
             files: BTreeMap::new(),
             locks: BTreeMap::new(),
@@ -276,9 +276,9 @@ impl<'c> Switch<'c> {
         self.descriptions.insert(id, replacement);
     }
 
-    /// Says where a replacement shall stand, if not where the census found the description that it replaces.
-    pub fn position(&mut self, id: DescriptionId, position: i64) {
-        self.positions.insert(id, position);
+    /// Says that a replacement stands where it must, and may be in use by somebody who is not stopped: its position is left alone.
+    pub fn keep_position(&mut self, id: DescriptionId) {
+        self.placed.insert(id);
     }
 
     /// Says which POSIX locks are held on a description's file, where the census cannot see them: the kernel shows none with a
@@ -393,7 +393,7 @@ impl<'c> Switch<'c> {
     fn carry_over(&self) -> Result<(), SwitchError> {
         for (id, replacement) in &self.descriptions {
             if let Some(facts) = self.census.description(*id) {
-                let position = self.positions.get(id).copied().unwrap_or(facts.position);
+                let position = (!self.placed.contains(id)).then_some(facts.position);
                 copy_description_state(facts, position, replacement.as_fd()).map_err(|errno| {
                     SwitchError::State {
                         description: *id,

@@ -16,7 +16,7 @@ fn settable() -> OFlags {
         | OFlags::from_bits_retain(libc::O_ASYNC.cast_unsigned())
 }
 
-/// Gives `to` the position, and the status flags, owner and signal that `facts` say the description has.
+/// Gives `to` the position, if there is one to give, and the status flags, owner and signal that `facts` say the description has.
 ///
 /// A description with `O_PATH` has none of these. The position is set even when it is 0: `to` need not be a new description, on the way back it is the original
 /// with the position that it was left at. On a directory a position other than 0 is a cookie that only the same filesystem understands.
@@ -25,13 +25,15 @@ fn settable() -> OFlags {
 /// The first setting that the kernel refuses; those before it are made.
 pub fn copy_description_state(
     facts: &Description,
-    position: i64,
+    position: Option<i64>,
     to: BorrowedFd<'_>,
 ) -> Result<(), Errno> {
     if facts.facts.is_path_only {
         return Ok(());
     }
-    rustix::fs::seek(to, SeekFrom::Start(position.cast_unsigned()))?;
+    if let Some(position) = position {
+        rustix::fs::seek(to, SeekFrom::Start(position.cast_unsigned()))?;
+    }
     let wanted = OFlags::from_bits_retain(facts.flags.0) & settable();
     let has = rustix::fs::fcntl_getfl(to)?;
     if has & settable() != wanted {
