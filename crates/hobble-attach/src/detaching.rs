@@ -81,6 +81,7 @@ impl Engine {
             return Err(no_hook());
         };
         hook.close_mount();
+        given.left.extend_from_slice(hook.leftovers());
         if given.left.is_empty() && !hook.wait_end(LET_GO) {
             let unseen = "something that cannot be seen still holds it: a descriptor in flight, a mount in another namespace, a running program file".to_owned();
             given.left.push(NotCoveredStatus {

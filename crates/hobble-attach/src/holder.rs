@@ -161,7 +161,8 @@ fn wait_for(server: i32) -> Option<i32> {
 /// Keeps the descriptors until the attachment's directory is gone, which is the last thing that `hobble recover` does, or until told to end.
 fn wait_until_undone(config: &ServeConfig) -> i32 {
     loop {
-        let gone = matches!(std::fs::symlink_metadata(config.state_dir.join(&config.id)), Err(error) if error.kind() == std::io::ErrorKind::NotFound);
+        let gone = matches!(std::fs::symlink_metadata(config.state_dir.join(&config.id)), Err(error) if error.kind() == std::io::ErrorKind::NotFound)
+            && crate::volume::find_by_source(&crate::hook::source(&config.id)).is_none();
         if gone
             || matches!(
                 sys::wait_signal(&SIGNALS, Duration::from_secs(1)),

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use hobble_api::status::NotCovered;
 use hobble_fuse::mount::{self, MountOptions};
 use hobble_fuse::{Features, Server, Service, Tid};
 use hobble_graft::census::{Description, Directory, FileFacts, MappedFile};
@@ -62,6 +63,7 @@ pub(crate) struct Hook {
     placed: Option<Covering>,
     /// Removing it has failed.
     unremoved: bool,
+    leftovers: Vec<NotCovered>,
     source: String,
     volume: Volume,
     looked: Instant,
@@ -186,6 +188,7 @@ impl Hook {
             armed,
             placed: None,
             unremoved: false,
+            leftovers: Vec::new(),
             source: source(id),
             volume: volume.clone(),
             looked: Instant::now(),
@@ -359,7 +362,13 @@ impl Hook {
             None => return Ok(()),
         };
         self.unremoved = removed.is_err();
-        removed
+        self.leftovers = removed?;
+        Ok(())
+    }
+
+    /// Mounts of it that could not be removed: copies in sandboxes that were made meanwhile.
+    pub(crate) fn leftovers(&self) -> &[NotCovered] {
+        &self.leftovers
     }
 
     /// Whether somebody has removed the mount behind our back; looked for once a second.

@@ -5,10 +5,12 @@
 //! a crash of the machine describes processes that no longer exist.
 //!
 //! Reading treats the file as hostile: bounded in size and line length, every line checked, a process named by pid *and* start time. Only
-//! a last line without its newline, cut off by the writer's death, is forgiven.
+//! a line that was cut off by its writer's death or by a full disk is forgiven: the last one without its newline, and one that the next writer has marked as cut
+//! ([`CUT`]).
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
 
 use hobble_graft::ids::MountId;
 use hobble_graft::mounts::{PropagationRecord, UniqueMountId};
@@ -272,12 +274,34 @@ const MAX_BYTES: u64 = 64 << 20;
 #[derive(Debug)]
 pub(crate) struct Journal {
     file: File,
+    /// The last line has no end: the next record says so and begins a line of its own.
+    is_cut: bool,
 }
+
+/// What ends a line that was cut off. No record ends so: each is a JSON object.
+const CUT: u8 = b'~';
 
 impl Journal {
     /// A journal on a file opened for appending.
     pub(crate) fn new(file: File) -> Self {
-        Self { file }
+        Self {
+            file,
+            is_cut: false,
+        }
+    }
+
+    /// A journal that another has written before, on a file opened for reading and appending.
+    pub(crate) fn reopened(file: File) -> Result<Self, JournalError> {
+        let io = |source| JournalError::Io { op: "read", source };
+        let size = file.metadata().map_err(io)?.len();
+        let mut last = *b"\n";
+        if let Some(at) = size.checked_sub(1) {
+            file.read_exact_at(&mut last, at).map_err(io)?;
+        }
+        Ok(Self {
+            file,
+            is_cut: last != *b"\n",
+        })
     }
 
     /// Another writer of the same journal: every record is one write at its end.
@@ -286,7 +310,10 @@ impl Journal {
             op: "duplicate a descriptor of",
             source,
         })?;
-        Ok(Self { file })
+        Ok(Self {
+            file,
+            is_cut: self.is_cut,
+        })
     }
 
     /// Appends one record; when this returns an error the step it announces must not be taken.
@@ -295,14 +322,15 @@ impl Journal {
             op: "encode a record for",
             source: e.into(),
         })?;
-        let line = format!("{:08x} {json}\n", crc32(json.as_bytes()));
-        // One write() to an O_APPEND file: a death in between leaves at most one line without its newline.
-        self.file
-            .write_all(line.as_bytes())
-            .map_err(|source| JournalError::Io {
-                op: "write",
-                source,
-            })
+        let cut = if self.is_cut { "~\n" } else { "" };
+        let line = format!("{cut}{:08x} {json}\n", crc32(json.as_bytes()));
+        // One write() to an O_APPEND file: a death in between, or a disk that is full, leaves at most one line without its newline.
+        let written = self.file.write_all(line.as_bytes());
+        self.is_cut = written.is_err();
+        written.map_err(|source| JournalError::Io {
+            op: "write",
+            source,
+        })
     }
 }
 
@@ -326,6 +354,9 @@ pub(crate) fn parse(text: &[u8]) -> Result<Vec<Record>, JournalError> {
     // What follows the last newline was being written when its writer died.
     lines.pop();
     for (index, line) in lines.into_iter().enumerate() {
+        if line.last() == Some(&CUT) {
+            continue;
+        }
         let damaged = |problem: String| JournalError::Damaged {
             line: index + 1,
             problem,
@@ -459,6 +490,33 @@ mod tests {
             parse(&holed),
             Err(JournalError::Damaged { line: 1, .. })
         ));
+    }
+
+    #[test]
+    fn writing_goes_on_after_a_line_that_was_cut_off() {
+        let text = written(&sample());
+        for cut in [1, 7, 30] {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let path = dir.path().join("journal");
+            std::fs::write(&path, &text[..text.len() - cut]).expect("write");
+            // Two that come at the same time see the same end.
+            let open = || {
+                let file = File::options().read(true).append(true).open(&path);
+                Journal::reopened(file.expect("open")).expect("reopen")
+            };
+            let who = Who { pid: 1, start: 2 };
+            for mut journal in [open(), open()] {
+                journal.append(&Record::Server(who)).expect("append");
+                journal.append(&Record::GaveUp(who)).expect("append");
+            }
+            let records = parse(&std::fs::read(&path).expect("read")).expect("parse");
+            let mut expected = sample();
+            expected.pop();
+            for _ in 0..2 {
+                expected.extend([Record::Server(who), Record::GaveUp(who)]);
+            }
+            assert_eq!(records, expected);
+        }
     }
 
     #[test]

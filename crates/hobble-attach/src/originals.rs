@@ -70,10 +70,11 @@ impl Originals {
         {
             tracing::warn!(%error, cause = error.cause_chain(), "the mount around the volume may propagate differently than before");
         }
-        let root =
-            volume.and_then(|volume| Some((volume.native().ok()?, volume.printed().to_vec())));
         let mut devices: BTreeSet<u64> = story.kept.iter().map(|kept| kept.dev).collect();
         devices.extend(story.backing_dev);
+        devices.extend(volume.as_ref().map(|volume| volume.device().raw()));
+        let root =
+            volume.and_then(|volume| Some((volume.native().ok()?, volume.printed().to_vec())));
         if let Some(holder) = story.living_holder() {
             let failed = |error: rustix::io::Errno| {
                 AttachError::io(

@@ -179,14 +179,18 @@ fn read_story(dir: &AttachmentDir) -> Result<Option<Story>, AttachError> {
 }
 
 /// What the holder runs when the server has died: the same undoing, in a process that shares the holder's descriptors.
-pub(crate) fn successor(config: &ServeConfig, _holder: Pid) -> i32 {
+pub(crate) fn successor(config: &ServeConfig, holder: Pid) -> i32 {
     hang_up();
     let dir =
         StateDir::open(&config.state_dir, false).and_then(|state| state.attachment(&config.id));
     let result = match dir {
         Ok(dir) => undo(&dir, false, |_| {}),
-        // It was at its very end, or somebody else has recovered.
-        Err(error) if error.is_not_found() => Ok(()),
+        // It was at its very end, or somebody else has recovered; or somebody cleans up what is not theirs.
+        Err(error) if error.is_not_found() => crate::server::who(holder)
+            .map(crate::story::process)
+            .and_then(|holder| {
+                holder.map_or(Ok(()), |holder| undo_without_directory(config, holder))
+            }),
         Err(error) => Err(AttachError::new(
             Step::Recover,
             "the attachment's directory cannot be used",
@@ -240,8 +244,16 @@ fn undo(
     force: bool,
     mut publish: impl FnMut(EventKind),
 ) -> Result<(), AttachError> {
-    let Some(claim) = Claim::take(dir)? else {
-        return finish(dir, None);
+    let claim = match Claim::take(dir) {
+        Ok(Some(claim)) => claim,
+        Ok(None) => return finish(dir, None),
+        Err(error) => {
+            // Whatever the journal says, nobody answers: whoever sleeps in a request gets an error now, and can be stopped or killed.
+            if let Some(device) = volume::find_by_source(&crate::hook::source(dir.id())) {
+                abort(device);
+            }
+            return Err(error);
+        }
     };
     let Claim { story, journal, .. } = &claim;
     publish(EventKind::Recovering {
@@ -250,39 +262,84 @@ fn undo(
     let journal = journal.try_clone().map_err(|error| {
         AttachError::new(Step::Recover, "the journal cannot be written").because(error)
     })?;
-    let mut work = Undoing {
-        story,
-        journal,
-        known: read_ledger(dir),
-        ledger: dir
-            .open_own(&dir.ledger(), OFlags::WRONLY)
-            .ok()
-            .map(Ledger::new),
-        left: Vec::new(),
-        pause: Duration::ZERO,
-    };
-    let result =
-        Tracer::scope(|tracer| work.run(tracer).map_err(Traced)).map_err(|Traced(error)| error);
-    let (left, pause) = (std::mem::take(&mut work.left), work.pause);
-    result?;
-    if !left.is_empty() && !force {
-        let list: Vec<String> = left
-            .iter()
-            .map(|left| format!("{}: {}", left.what, left.reason))
-            .collect();
-        return Err(AttachError::new(
-            Step::Recover,
-            format!("not everything could be given back: {}", list.join("; ")),
-        )
-        .hinting("--force leaves these descriptors to fail and ends the attachment")
-        .needing_recovery());
-    }
+    let ledger = dir
+        .open_own(&dir.ledger(), OFlags::WRONLY)
+        .ok()
+        .map(Ledger::new);
+    let work = Undoing::new(story, journal, read_ledger(dir), ledger);
+    let (left, pause) = work.all(force)?;
     publish(EventKind::Recovered(Recovered {
         pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
         rules: Vec::new(),
         left,
     }));
     finish(dir, story.living_holder())
+}
+
+/// Undoes an attachment whose directory somebody has removed: by what its holder was told in the beginning, and what the hook itself shows.
+fn undo_without_directory(config: &ServeConfig, holder: ProcessId) -> Result<(), AttachError> {
+    let Some(device) = volume::find_by_source(&crate::hook::source(&config.id)) else {
+        return Ok(());
+    };
+    tracing::warn!(
+        id = config.id,
+        "the attachment's directory is gone, and its hook is not: undoing without a journal"
+    );
+    let nowhere = std::fs::OpenOptions::new()
+        .append(true)
+        .open("/dev/null")
+        .map_err(|error| AttachError::io(Step::Recover, "open /dev/null", error))?;
+    let story = Story::without_journal(config, holder, device);
+    Undoing::new(&story, Journal::new(nowhere), BTreeMap::new(), None)
+        .all(false)
+        .map(drop)
+}
+
+/// Ends a connection whose server is dead: who waits for an answer gets an error.
+fn abort(device: Device) {
+    match hobble_fuse::mount::Connection::from_number(device.minor).abort() {
+        Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+        Err(error) => tracing::warn!(%error, "the connection could not be aborted"),
+    }
+}
+
+impl<'a> Undoing<'a> {
+    fn new(
+        story: &'a Story,
+        journal: Journal,
+        known: BTreeMap<i32, Entry>,
+        ledger: Option<Ledger>,
+    ) -> Self {
+        Self {
+            story,
+            journal,
+            known,
+            ledger,
+            left: Vec::new(),
+            mounts: Vec::new(),
+            pause: Duration::ZERO,
+        }
+    }
+
+    /// Does all there is to do; gives what is left and the longest stop. Without `force` nothing may be left.
+    fn all(mut self, force: bool) -> Result<(Vec<NotCoveredStatus>, Duration), AttachError> {
+        Tracer::scope(|tracer| self.run(tracer).map_err(Traced)).map_err(|Traced(error)| error)?;
+        let mut left = self.left;
+        left.append(&mut self.mounts);
+        if left.is_empty() || force {
+            return Ok((left, self.pause));
+        }
+        let list: Vec<String> = left
+            .iter()
+            .map(|left| format!("{}: {}", left.what, left.reason))
+            .collect();
+        Err(AttachError::new(
+            Step::Recover,
+            format!("not everything could be given back: {}", list.join("; ")),
+        )
+        .hinting("--force leaves these to fail and ends the attachment")
+        .needing_recovery())
+    }
 }
 
 /// The ledger; without it the undoing goes by the journal alone.
@@ -377,8 +434,10 @@ impl Drop for Claim {
 
 /// The journal, to be written on; `None` when another has ended the attachment meanwhile.
 fn open_for_more(dir: &AttachmentDir) -> Result<Option<Journal>, AttachError> {
-    match dir.open_own(&dir.journal(), OFlags::WRONLY | OFlags::APPEND) {
-        Ok(file) => Ok(Some(Journal::new(file))),
+    match dir.open_own(&dir.journal(), OFlags::RDWR | OFlags::APPEND) {
+        Ok(file) => Journal::reopened(file).map(Some).map_err(|error| {
+            AttachError::new(Step::Recover, "the journal cannot be read").because(error)
+        }),
         Err(error) if error.is_not_found() => Ok(None),
         Err(error) => {
             Err(AttachError::new(Step::Recover, "the journal cannot be opened").because(error))
@@ -413,6 +472,8 @@ struct Undoing<'a> {
     /// The ledger, for whoever goes on if we are killed too.
     ledger: Option<Ledger>,
     left: Vec<NotCoveredStatus>,
+    /// Mounts of the hook that cannot be removed.
+    mounts: Vec<NotCoveredStatus>,
     pause: Duration,
 }
 
@@ -435,16 +496,13 @@ impl Undoing<'_> {
             return Ok(());
         }
         // Whoever sleeps in a request to the dead server gets an error now instead of sleeping for ever.
-        match hobble_fuse::mount::Connection::from_number(device.minor).abort() {
-            Ok(()) | Err(rustix::io::Errno::NOENT) => {}
-            Err(error) => tracing::warn!(%error, "the connection could not be aborted"),
-        }
+        abort(device);
         self.wait_for_the_dead();
         self.clean();
         // Before the volume is looked up again: its path leads to the hook until then.
         self.unmount(device)?;
         let originals = Originals::collect(story, &self.known)?;
-        for _ in 0..ROUNDS {
+        for round in 0..ROUNDS {
             self.unmount(device)?;
             let mut processes = sighting::holders(device);
             processes.retain(|process| {
@@ -453,9 +511,24 @@ impl Undoing<'_> {
             if processes.is_empty() {
                 return Ok(());
             }
-            if !self.give_back(tracer, &processes, device, &originals)? {
-                return Ok(());
+            match self.give_back(tracer, &processes, device, &originals) {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                // Somebody was in a long call, or under another tracer, which may have gone a moment later.
+                Err(error) if round + 1 < ROUNDS && error.step() == Step::Recover => {
+                    tracing::info!(%error, cause = error.cause_chain(), "giving back failed; trying again");
+                    std::thread::sleep(Duration::from_millis(20 * u64::from(round + 1)));
+                }
+                Err(error) => return Err(error),
             }
+        }
+        let still = sighting::holders(device).len();
+        if still > 0 {
+            self.left.push(NotCoveredStatus {
+                what: format!("{still} processes"),
+                reason: "they came to the hook faster than they could be taken off it".to_owned(),
+                pid: None,
+            });
         }
         Ok(())
     }
@@ -524,8 +597,9 @@ impl Undoing<'_> {
         }
     }
 
-    fn unmount(&self, device: Device) -> Result<(), AttachError> {
-        volume::remove_everywhere(device, &self.story.source)
+    fn unmount(&mut self, device: Device) -> Result<(), AttachError> {
+        self.mounts = volume::remove_everywhere(device, &self.story.source)?;
+        Ok(())
     }
 
     /// One stop of everybody on the hook. Says whether another round may find more.

@@ -9,6 +9,7 @@ use hobble_graft::ids::{BootId, Pid, ProcessId};
 use hobble_graft::remote::Residue;
 
 use crate::journal::{Around, JournalError, Kept, PosixLock, Record, Who};
+use crate::session::ServeConfig;
 
 /// A journal's claims.
 #[derive(Debug, Default)]
@@ -131,6 +132,26 @@ impl Story {
             }
         }
         Ok(story)
+    }
+
+    /// What can be told without a journal: by the configuration of the attachment and the device of the hook that was found.
+    pub(crate) fn without_journal(
+        config: &ServeConfig,
+        holder: ProcessId,
+        hook: hobble_graft::ids::Device,
+    ) -> Self {
+        Self {
+            holder: Some(holder),
+            target: Pid::new(config.pid).map(|pid| ProcessId {
+                pid,
+                start_time: config.start_time,
+            }),
+            scope: config.scope.as_str().to_owned(),
+            path: config.path.clone(),
+            source: crate::hook::source(&config.id),
+            hook_dev: hook.raw(),
+            ..Self::default()
+        }
     }
 
     /// The holder, if it still lives.

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hobble_api::exit::ExitCode;
+use hobble_api::status::NotCovered;
 use hobble_graft::census::{FileFacts, FileKind};
 use hobble_graft::ids::{Device, ProcessId};
 use hobble_graft::mounts::{
@@ -447,14 +448,15 @@ fn bound_sockets(process: ProcessId) -> Vec<PathBuf> {
 }
 
 /// Takes a placed hook away, here and in copies of the namespace.
-pub(crate) fn remove(covering: Covering, source: &str) -> Result<(), AttachError> {
+/// Gives the mounts that cannot be removed.
+pub(crate) fn remove(covering: Covering, source: &str) -> Result<Vec<NotCovered>, AttachError> {
     let device = covering.device();
     let removed = covering
         .remove(WITHIN)
         .map_err(failed(Step::Recover, "take the hook away"));
     // Sandboxes made while attached have copies of their own.
-    remove_everywhere(device, source)?;
-    removed
+    let left = remove_everywhere(device, source)?;
+    removed.map(|()| left)
 }
 
 /// The filesystem with this source, if it is mounted in the namespace of any process.
@@ -480,18 +482,29 @@ pub(crate) fn is_sighted(device: Device, source: &str) -> bool {
     mounts::sightings(filesystem, WITHIN).is_ok_and(|found| !found.is_empty())
 }
 
-/// Removes every mount of one of our filesystems from every mount namespace on this host.
-pub(crate) fn remove_everywhere(device: Device, source: &str) -> Result<(), AttachError> {
+/// Removes every mount of one of our filesystems from every mount namespace on this host. Gives those that cannot be removed.
+pub(crate) fn remove_everywhere(
+    device: Device,
+    source: &str,
+) -> Result<Vec<NotCovered>, AttachError> {
     let filesystem = Filesystem {
         device,
         source: source.into(),
     };
     let left = mounts::remove_leftovers(filesystem, WITHIN)
         .map_err(failed(Step::Recover, "look for mounts of the hook"))?;
-    for leftover in &left {
-        tracing::warn!(path = %leftover.path.display(), namespace = leftover.namespace.0, refused = ?leftover.refused, "a mount of the hook cannot be removed");
-    }
-    Ok(())
+    Ok(left
+        .into_iter()
+        .map(|leftover| {
+            tracing::warn!(path = %leftover.path.display(), namespace = leftover.namespace.0, refused = ?leftover.refused, "a mount of the hook cannot be removed");
+            let why = leftover.refused.map_or_else(String::new, |errno| format!(" ({errno})"));
+            NotCovered {
+                what: format!("the mount at {} in mount namespace {}", leftover.path.display(), leftover.namespace.0),
+                reason: format!("it cannot be removed{why}: it was copied into a sandbox made meanwhile, or something is mounted over it"),
+                pid: None,
+            }
+        })
+        .collect())
 }
 
 /// Gives the mount around a volume the propagation back that a dead server had changed.

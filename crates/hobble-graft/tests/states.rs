@@ -331,6 +331,18 @@ fn traced_dead_and_foreign_targets_are_named() {
     assert!(matches!(error, StopError::Gone { .. }), "{error:?}");
     assert!(zombie.wait().unwrap().success());
 
+    // Among others who live, the dead are passed over.
+    let mut dead = Command::new("true").spawn().unwrap();
+    let gone = ProcessId::of(Pid::new(dead.id() as i32).unwrap()).unwrap();
+    assert!(dead.wait().unwrap().success());
+    Tracer::scope(|tracer| -> Result<(), StopError> {
+        let stopped = tracer.stop_all(&[gone, target.id()], soon())?;
+        assert_eq!(stopped.processes(), [target.id()]);
+        stopped.release();
+        Ok(())
+    })
+    .unwrap();
+
     let reused = ProcessId {
         start_time: target.id().start_time + 1,
         ..target.id()

@@ -286,9 +286,16 @@ impl Stopped {
     fn try_add(&mut self, processes: &[ProcessId], deadline: Deadline) -> Result<(), StopError> {
         for process in processes {
             if !self.processes.contains(process) {
-                facts::may_be_stopped(*process)?;
-                self.processes.push(*process);
+                match facts::may_be_stopped(*process) {
+                    Ok(()) => self.processes.push(*process),
+                    // Whoever has ended since the processes were listed needs no stopping.
+                    Err(StopError::Gone { .. }) => {}
+                    Err(error) => return Err(error),
+                }
             }
+        }
+        if let (Some(first), true) = (processes.first(), self.processes.is_empty()) {
+            return Err(StopError::Gone { pid: first.pid });
         }
         // Seizing disturbs nobody: do all of it before the first thread is made to stop.
         self.seize_new(None)?;
