@@ -34,19 +34,9 @@ const BREATH: Duration = Duration::from_millis(60);
 /// How often what was missed is looked for after letting go.
 const ROUNDS: u32 = 6;
 
-/// The target and its living descendants, without this attachment's own processes.
-pub(crate) fn tree_of(pid: i32) -> Vec<i32> {
-    let Some(root) = Pid::new(pid).and_then(|pid| ProcessId::of(pid).ok()) else {
-        return Vec::new();
-    };
-    tree::descendants(&[root])
-        .map(|found| {
-            found
-                .into_iter()
-                .map(|process| process.pid.as_raw())
-                .collect()
-        })
-        .unwrap_or_else(|_| vec![pid])
+/// The target and its living descendants.
+pub(crate) fn tree_of(root: ProcessId) -> Vec<ProcessId> {
+    tree::descendants(&[root]).unwrap_or_else(|_| vec![root])
 }
 
 /// Everybody in the mount namespace of a process.
@@ -64,13 +54,6 @@ pub(crate) fn namespace_of(pid: i32) -> Vec<i32> {
                 .collect()
         })
         .unwrap_or_default()
-}
-
-/// Whether a process exists and is no zombie.
-pub(crate) fn is_running(pid: i32) -> bool {
-    Pid::new(pid)
-        .and_then(|pid| ProcessId::of(pid).ok())
-        .is_some_and(|process| process.is_alive().unwrap_or(true))
 }
 
 /// This attachment's own processes, which are never targets: the server, and the holder, which shares its descriptor table.

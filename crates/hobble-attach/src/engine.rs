@@ -15,6 +15,7 @@ use hobble_api::control::{Answer, Problem, Response};
 use hobble_api::event::{Attached, EventKind, Progress, Recovered, Rules, Why};
 use hobble_api::status::{NotCovered, Phase, Reason, RuleCounts, Scope};
 use hobble_graft::census::{FsId, SpaceId};
+use hobble_graft::ids::{Pid, ProcessId};
 use hobble_rules::spec::Document;
 use hobble_rules::{Experiment, Plan};
 
@@ -128,10 +129,15 @@ fn draw_seed() -> u64 {
 
 impl Engine {
     pub(crate) fn new(config: ServeConfig, journal: Journal, board: Arc<Board>) -> Self {
-        let pid = config.pid;
+        let root = Pid::new(config.pid).map(|pid| ProcessId {
+            pid,
+            start_time: config.start_time,
+        });
         let targets = match config.scope {
             Scope::Namespace => TargetSet::everyone(),
-            Scope::Tree => TargetSet::tree(|| crate::attaching::tree_of(pid)),
+            Scope::Tree => {
+                TargetSet::tree(|| root.map_or_else(Vec::new, crate::attaching::tree_of))
+            }
         };
         Self {
             config,
@@ -162,7 +168,16 @@ impl Engine {
         let targets = Arc::clone(&self.targets);
         let (pid, scope) = (self.config.pid, self.config.scope);
         move || match scope {
-            Scope::Tree => targets.processes(),
+            Scope::Tree => {
+                let mut pids: Vec<i32> = targets
+                    .processes()
+                    .into_iter()
+                    .map(|process| process.pid.as_raw())
+                    .collect();
+                // The process that was named comes first.
+                pids.sort_by_key(|known| *known != pid);
+                pids
+            }
             Scope::Namespace => crate::attaching::namespace_of(pid),
         }
     }
@@ -289,7 +304,7 @@ impl Engine {
                 .targets
                 .processes()
                 .into_iter()
-                .any(crate::attaching::is_running),
+                .any(|process| process.is_alive().unwrap_or(true)),
             Scope::Namespace => self.hook.as_ref().is_none_or(Hook::namespace_is_inhabited),
         }
     }
