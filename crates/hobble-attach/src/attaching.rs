@@ -396,13 +396,31 @@ impl Engine {
             };
             hook.place(around)?;
             watch.lap("mount");
-            for (name, error) in hook.bind_through(through) {
+            // Here and nowhere else. From the moment the hook lies there until a socket is bound through it, whoever connects to it is refused, so nobody of the
+            // target may run in between: not after letting go. And not before the stop either, not even the copies that are bound: a program may
+            // have replaced its socket since (unlink, bind), and would be shown through the hook with the dead one for as long as it is attached.
+            let unbound = match hook.bind_through(through, deadline) {
+                Ok(unbound) => unbound,
+                Err(error) => {
+                    let error = match late(deadline) {
+                        Err(late) => late.because(error),
+                        Ok(()) => AttachError::new(
+                            Step::Mount,
+                            "what lies below the volume cannot be bound through the hook",
+                        )
+                        .because(error),
+                    };
+                    return Err(self.take_away(stopped, error));
+                }
+            };
+            for (name, error) in unbound {
                 moved.not_covered.push(NotCoveredStatus {
                     what: name.display().to_string(),
                     reason: format!("it does not show through the hook: {}", chain(&error)),
                     pid: None,
                 });
             }
+            watch.lap("bind");
             fault_point::pass("mounted");
         }
         let report = self.exchange(census, stand_ins, &mut stopped, deadline);
@@ -426,20 +444,23 @@ impl Engine {
                 note(moved, census, &report, volume);
                 Ok(())
             }
+            Err(error) if first && error.rolled_back() => Err(self.take_away(stopped, error)),
             Err(error) => {
-                if first && error.rolled_back() {
-                    let removed = self.hook.as_mut().map_or(Ok(()), Hook::remove);
-                    drop(stopped);
-                    return match removed {
-                        Ok(()) => Err(error),
-                        Err(removal) => {
-                            tracing::error!(error = %removal, "the hook could not be taken away again");
-                            Err(error.needing_recovery())
-                        }
-                    };
-                }
                 drop(stopped);
                 Err(error)
+            }
+        }
+    }
+
+    /// Takes a hook away that nobody was moved onto, and only then lets the target go, which has seen nothing of it. Gives back the error that led to it.
+    fn take_away(&mut self, stopped: Stopped, error: AttachError) -> AttachError {
+        let removed = self.hook.as_mut().map_or(Ok(()), Hook::remove);
+        drop(stopped);
+        match removed {
+            Ok(()) => error,
+            Err(removal) => {
+                tracing::error!(error = %removal, "the hook could not be taken away again");
+                error.needing_recovery()
             }
         }
     }
