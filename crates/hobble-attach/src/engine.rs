@@ -56,6 +56,8 @@ pub(crate) struct Engine {
     pub(crate) stuck: BTreeSet<FsId>,
     /// An exchange has put the target onto the hook.
     pub(crate) moved_in: bool,
+    /// Open files that the rules in force do not see, as the status shows it.
+    pub(crate) unseen: Option<NotCovered>,
     /// A recovery has begun: rules stay off.
     ending: bool,
 }
@@ -153,6 +155,7 @@ impl Engine {
             immovable: BTreeSet::new(),
             stuck: BTreeSet::new(),
             moved_in: false,
+            unseen: None,
             ending: false,
         }
     }
@@ -234,7 +237,12 @@ impl Engine {
                 },
                 Some(Command::Pause { answer }) => match self.pause() {
                     Ok(()) => done(&answer),
-                    Err(error) => refuse(&answer, &error),
+                    Err(error) => {
+                        refuse(&answer, &error);
+                        if !error.rolled_back() {
+                            return NEEDS_RECOVERY;
+                        }
+                    }
                 },
                 Some(Command::Resume { answer }) => match self.resume() {
                     Ok(()) => done(&answer),
