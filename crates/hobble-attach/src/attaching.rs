@@ -593,6 +593,10 @@ impl Engine {
                 Ok(()) => {}
                 // The rest of the target runs on the hook; what was missed is tried again.
                 Err(error) if error.rolled_back() && is_transient(&error) => {
+                    // The next round may find nothing left to be moved, and nobody else would let operations be delayed again.
+                    if let Some(hook) = self.hook.as_ref() {
+                        hook.unquiesce();
+                    }
                     tracing::info!(%error, cause = error.cause_chain(), "what was missed could not be moved at once");
                     std::thread::sleep(BREATH);
                 }
