@@ -75,6 +75,8 @@ pub enum EventKind {
     Paused {},
     /// The rules are on again.
     Resumed {},
+    /// What the rules in force do not see of the target has changed.
+    NotCovered(Uncovered),
     /// Recovery has begun; no fault happens from now on.
     Recovering {
         /// What caused it.
@@ -101,6 +103,7 @@ impl EventKind {
             EventKind::Updated(_) => "updated",
             EventKind::Paused {} => "paused",
             EventKind::Resumed {} => "resumed",
+            EventKind::NotCovered(_) => "not_covered",
             EventKind::Recovering { .. } => "recovering",
             EventKind::Recovered(_) => "recovered",
             EventKind::Failed(_) => "failed",
@@ -157,6 +160,13 @@ pub struct Rules {
     pub seed: u64,
     /// Names of the rules, in the order in which they are asked; empty with `--no-rules`.
     pub rules: Vec<String>,
+}
+
+/// What the rules in force do not see of the target, besides what `attached` told.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Uncovered {
+    /// All of it; empty when everything is seen again.
+    pub not_covered: Vec<NotCovered>,
 }
 
 /// What caused a recovery.
@@ -285,6 +295,7 @@ impl Known {
             "updated" => EventKind::Updated(Deserialize::deserialize(value)?),
             "paused" => EventKind::Paused {},
             "resumed" => EventKind::Resumed {},
+            "not_covered" => EventKind::NotCovered(Deserialize::deserialize(value)?),
             "recovering" => EventKind::Recovering {
                 why: Recovering::deserialize(value)?.why,
             },
@@ -353,6 +364,13 @@ mod tests {
             EventKind::Updated(Rules::default()),
             EventKind::Paused {},
             EventKind::Resumed {},
+            EventKind::NotCovered(Uncovered {
+                not_covered: vec![NotCovered {
+                    what: "2 open files".into(),
+                    reason: "not exchanged".into(),
+                    pid: None,
+                }],
+            }),
             EventKind::Recovering {
                 why: Why::TargetExit,
             },

@@ -34,19 +34,9 @@ const BREATH: Duration = Duration::from_millis(60);
 /// How often what was missed is looked for after letting go.
 const ROUNDS: u32 = 6;
 
-/// The target and its living descendants, without this attachment's own processes.
-pub(crate) fn tree_of(pid: i32) -> Vec<i32> {
-    let Some(root) = Pid::new(pid).and_then(|pid| ProcessId::of(pid).ok()) else {
-        return Vec::new();
-    };
-    tree::descendants(&[root])
-        .map(|found| {
-            found
-                .into_iter()
-                .map(|process| process.pid.as_raw())
-                .collect()
-        })
-        .unwrap_or_else(|_| vec![pid])
+/// The target and its living descendants.
+pub(crate) fn tree_of(root: ProcessId) -> Vec<ProcessId> {
+    tree::descendants(&[root]).unwrap_or_else(|_| vec![root])
 }
 
 /// Everybody in the mount namespace of a process.
@@ -64,13 +54,6 @@ pub(crate) fn namespace_of(pid: i32) -> Vec<i32> {
                 .collect()
         })
         .unwrap_or_default()
-}
-
-/// Whether a process exists and is no zombie.
-pub(crate) fn is_running(pid: i32) -> bool {
-    Pid::new(pid)
-        .and_then(|pid| ProcessId::of(pid).ok())
-        .is_some_and(|process| process.is_alive().unwrap_or(true))
 }
 
 /// This attachment's own processes, which are never targets: the server, and the holder, which shares its descriptor table.
@@ -413,13 +396,31 @@ impl Engine {
             };
             hook.place(around)?;
             watch.lap("mount");
-            for (name, error) in hook.bind_through(through) {
+            // Here and nowhere else. From the moment the hook lies there until a socket is bound through it, whoever connects to it is refused, so nobody of the
+            // target may run in between: not after letting go. And not before the stop either, not even the copies that are bound: a program may
+            // have replaced its socket since (unlink, bind), and would be shown through the hook with the dead one for as long as it is attached.
+            let unbound = match hook.bind_through(through, deadline) {
+                Ok(unbound) => unbound,
+                Err(error) => {
+                    let error = match late(deadline) {
+                        Err(late) => late.because(error),
+                        Ok(()) => AttachError::new(
+                            Step::Mount,
+                            "what lies below the volume cannot be bound through the hook",
+                        )
+                        .because(error),
+                    };
+                    return Err(self.take_away(stopped, error));
+                }
+            };
+            for (name, error) in unbound {
                 moved.not_covered.push(NotCoveredStatus {
                     what: name.display().to_string(),
                     reason: format!("it does not show through the hook: {}", chain(&error)),
                     pid: None,
                 });
             }
+            watch.lap("bind");
             fault_point::pass("mounted");
         }
         let report = self.exchange(census, stand_ins, &mut stopped, deadline);
@@ -443,20 +444,23 @@ impl Engine {
                 note(moved, census, &report, volume);
                 Ok(())
             }
+            Err(error) if first && error.rolled_back() => Err(self.take_away(stopped, error)),
             Err(error) => {
-                if first && error.rolled_back() {
-                    let removed = self.hook.as_mut().map_or(Ok(()), Hook::remove);
-                    drop(stopped);
-                    return match removed {
-                        Ok(()) => Err(error),
-                        Err(removal) => {
-                            tracing::error!(error = %removal, "the hook could not be taken away again");
-                            Err(error.needing_recovery())
-                        }
-                    };
-                }
                 drop(stopped);
                 Err(error)
+            }
+        }
+    }
+
+    /// Takes a hook away that nobody was moved onto, and only then lets the target go, which has seen nothing of it. Gives back the error that led to it.
+    fn take_away(&mut self, stopped: Stopped, error: AttachError) -> AttachError {
+        let removed = self.hook.as_mut().map_or(Ok(()), Hook::remove);
+        drop(stopped);
+        match removed {
+            Ok(()) => error,
+            Err(removal) => {
+                tracing::error!(error = %removal, "the hook could not be taken away again");
+                error.needing_recovery()
             }
         }
     }
@@ -591,6 +595,10 @@ impl Engine {
                 Ok(()) => {}
                 // The rest of the target runs on the hook; what was missed is tried again.
                 Err(error) if error.rolled_back() && is_transient(&error) => {
+                    // The next round may find nothing left to be moved, and nobody else would let operations be delayed again.
+                    if let Some(hook) = self.hook.as_ref() {
+                        hook.unquiesce();
+                    }
                     tracing::info!(%error, cause = error.cause_chain(), "what was missed could not be moved at once");
                     std::thread::sleep(BREATH);
                 }

@@ -15,6 +15,7 @@ use hobble_api::control::{Answer, Problem, Response};
 use hobble_api::event::{Attached, EventKind, Progress, Recovered, Rules, Why};
 use hobble_api::status::{NotCovered, Phase, Reason, RuleCounts, Scope};
 use hobble_graft::census::{FsId, SpaceId};
+use hobble_graft::ids::{Pid, ProcessId};
 use hobble_rules::spec::Document;
 use hobble_rules::{Experiment, Plan};
 
@@ -57,6 +58,8 @@ pub(crate) struct Engine {
     pub(crate) stuck: BTreeSet<FsId>,
     /// An exchange has put the target onto the hook.
     pub(crate) moved_in: bool,
+    /// Open files that the rules in force do not see, as the status shows it.
+    pub(crate) unseen: Option<NotCovered>,
     /// A recovery has begun: rules stay off.
     ending: bool,
 }
@@ -135,10 +138,15 @@ impl Engine {
         ledger: Ledger,
         board: Arc<Board>,
     ) -> Self {
-        let pid = config.pid;
+        let root = Pid::new(config.pid).map(|pid| ProcessId {
+            pid,
+            start_time: config.start_time,
+        });
         let targets = match config.scope {
             Scope::Namespace => TargetSet::everyone(),
-            Scope::Tree => TargetSet::tree(|| crate::attaching::tree_of(pid)),
+            Scope::Tree => {
+                TargetSet::tree(|| root.map_or_else(Vec::new, crate::attaching::tree_of))
+            }
         };
         Self {
             config,
@@ -155,6 +163,7 @@ impl Engine {
             immovable: BTreeSet::new(),
             stuck: BTreeSet::new(),
             moved_in: false,
+            unseen: None,
             ending: false,
         }
     }
@@ -170,7 +179,16 @@ impl Engine {
         let targets = Arc::clone(&self.targets);
         let (pid, scope) = (self.config.pid, self.config.scope);
         move || match scope {
-            Scope::Tree => targets.processes(),
+            Scope::Tree => {
+                let mut pids: Vec<i32> = targets
+                    .processes()
+                    .into_iter()
+                    .map(|process| process.pid.as_raw())
+                    .collect();
+                // The process that was named comes first.
+                pids.sort_by_key(|known| *known != pid);
+                pids
+            }
             Scope::Namespace => crate::attaching::namespace_of(pid),
         }
     }
@@ -227,7 +245,12 @@ impl Engine {
                 },
                 Some(Command::Pause { answer }) => match self.pause() {
                     Ok(()) => done(&answer),
-                    Err(error) => refuse(&answer, &error),
+                    Err(error) => {
+                        refuse(&answer, &error);
+                        if !error.rolled_back() {
+                            return NEEDS_RECOVERY;
+                        }
+                    }
                 },
                 Some(Command::Resume { answer }) => match self.resume() {
                     Ok(()) => done(&answer),
@@ -297,7 +320,7 @@ impl Engine {
                 .targets
                 .processes()
                 .into_iter()
-                .any(crate::attaching::is_running),
+                .any(|process| process.is_alive().unwrap_or(true)),
             Scope::Namespace => self.hook.as_ref().is_none_or(Hook::namespace_is_inhabited),
         }
     }

@@ -16,6 +16,7 @@ use hobble_fuse::{Features, Server, Service, Tid};
 use hobble_graft::census::{Description, Directory, FileFacts, MappedFile};
 use hobble_graft::ids::Device;
 use hobble_graft::proc::locks::{LockClass, LockKind};
+use hobble_graft::stop::Deadline;
 use hobble_mirror::adopt::{AdoptedId, Adoption};
 use hobble_mirror::locks::{self, LockRange, RangeLock};
 use hobble_mirror::{Caching, CallerFacts, Callers, Config, Everybody, Mirror, PlanChange};
@@ -28,8 +29,6 @@ use hobble_graft::mounts::{Covering, MountsError, PropagationRecord};
 
 /// How often it is looked whether the mount is still where it was placed.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// How long one name gets to be bound through the hook.
-const BIND_WITHIN: Duration = Duration::from_secs(1);
 /// How long delayed operations get to be carried out once they have been released.
 const SETTLE: Duration = Duration::from_millis(200);
 
@@ -340,18 +339,16 @@ impl Hook {
         Ok(())
     }
 
-    /// Lets names below the volume ([`Volume::through`]) show through the hook. Says which could not be.
-    pub(crate) fn bind_through(&self, names: Vec<PathBuf>) -> Vec<(PathBuf, MountsError)> {
-        let Some(placed) = self.placed.as_ref() else {
-            return Vec::new();
-        };
-        let bind = |name: PathBuf| {
-            placed
-                .bind_through(&name, BIND_WITHIN)
-                .err()
-                .map(|error| (name, error))
-        };
-        names.into_iter().filter_map(bind).collect()
+    /// Lets names below the volume ([`Volume::through`]) show through the hook. Says which could not be, each for its own reason; fails as a whole when the
+    /// deadline passes, and leaves it to [`Hook::remove`] to take away what was bound.
+    pub(crate) fn bind_through(
+        &self,
+        names: Vec<PathBuf>,
+        deadline: Deadline,
+    ) -> Result<Vec<(PathBuf, MountsError)>, MountsError> {
+        self.placed.as_ref().map_or(Ok(Vec::new()), |placed| {
+            placed.bind_through(names, deadline)
+        })
     }
 
     /// Takes the mount away again, wherever it got to. After a failure it counts as placed still, and can be tried again.

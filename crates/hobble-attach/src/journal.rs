@@ -177,9 +177,16 @@ pub(crate) enum Record {
     /// A process's soft limit on descriptors is about to be raised for the time of an exchange.
     Limit {
         /// The process.
-        pid: i32,
+        who: Who,
         /// Its limit before.
         soft: u64,
+        /// Its limit meanwhile: what is put back only while nobody has set another.
+        raised: u64,
+    },
+    /// The limit of the last [`Record::Limit`] of a process has been put back, and is its own business again.
+    LimitPutBack {
+        /// The process.
+        who: Who,
     },
     /// Descriptors are about to be exchanged.
     Grafting,

@@ -1,4 +1,4 @@
-//! Writes the steps of an exchange into the journal before they are made.
+//! Writes the steps of an exchange into the journal before they are made, and that a limit was put back once it was.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -26,9 +26,24 @@ impl StepLog for Steps<'_> {
                 },
                 what: serde_json::to_value(residue).map_err(io::Error::other)?,
             },
-            Step::RaiseLimit { pid, soft, .. } => Record::Limit {
-                pid: *pid,
+            Step::RaiseLimit {
+                pid,
+                start_time,
+                soft,
+                raised,
+            } => Record::Limit {
+                who: Who {
+                    pid: *pid,
+                    start: *start_time,
+                },
                 soft: *soft,
+                raised: *raised,
+            },
+            Step::LimitPutBack { pid, start_time } => Record::LimitPutBack {
+                who: Who {
+                    pid: *pid,
+                    start: *start_time,
+                },
             },
             // What refers to what is found exactly by a census; these would only repeat it roughly.
             Step::Descriptors {

@@ -35,6 +35,7 @@ mod lock_keeper;
 mod options;
 mod originals;
 mod preflight;
+mod process_events;
 mod recover;
 mod reopening;
 mod scope;

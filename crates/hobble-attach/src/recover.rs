@@ -28,7 +28,7 @@ use crate::attaching::{Traced, stop_failed, who};
 use crate::client::Client;
 use crate::error::{AttachError, Step};
 use crate::holder::{DONE, NEEDS_RECOVERY};
-use crate::journal::{self, Journal, Record};
+use crate::journal::{self, Journal, Record, Who};
 use crate::journaling::Steps;
 use crate::ledger::{self, Entry, Ledger};
 use crate::originals::Originals;
@@ -36,7 +36,7 @@ use crate::preflight::chain;
 use crate::session::ServeConfig;
 use crate::sighting;
 use crate::state_dir::{AttachmentDir, StateDir};
-use crate::story::Story;
+use crate::story::{RaisedLimit, Story};
 use crate::sys;
 use crate::volume::{self};
 
@@ -549,7 +549,7 @@ impl Undoing<'_> {
     }
 
     /// What a dead server left in processes. Only after the connection has been aborted: a thread that waits for the dead server cannot be stopped.
-    fn clean(&self) {
+    fn clean(&mut self) {
         let mut seen = BTreeSet::new();
         for residue in &self.story.residues {
             if !seen.insert((
@@ -574,25 +574,10 @@ impl Undoing<'_> {
     }
 
     /// Soft limits that a dead server had raised for an exchange.
-    fn limits(&self) {
-        for (pid, soft) in &self.story.limits {
-            let named = self.story.posix.iter().map(|lock| lock.who).chain(
-                self.story
-                    .kept
-                    .iter()
-                    .flat_map(|kept| kept.places.iter().map(|place| place.who)),
-            );
-            let lives = named
-                .filter(|who| who.pid == *pid)
-                .filter_map(crate::story::process)
-                .chain(
-                    self.story
-                        .target
-                        .filter(|target| target.pid.as_raw() == *pid),
-                )
-                .any(|process| process.is_alive().unwrap_or(false));
-            if lives && let Err(error) = sys::set_soft_descriptor_limit(*pid, *soft) {
-                tracing::warn!(pid, %error, "the soft limit on descriptors stays raised");
+    fn limits(&mut self) {
+        for put_back in put_limits_back(&self.story.limits) {
+            if let Err(error) = self.journal.append(&Record::LimitPutBack { who: put_back }) {
+                tracing::warn!(%error, "the journal does not tell that a limit was put back");
             }
         }
     }
@@ -771,6 +756,29 @@ impl Undoing<'_> {
     }
 }
 
+/// Puts raised soft limits back, the last first, where the process is the one that was meant and its limit is still the raised one: a program, or an
+/// administrator, that has set it since knows better. Says whose are done with; one that could not be put back can be tried again.
+fn put_limits_back(limits: &[RaisedLimit]) -> Vec<Who> {
+    let mut done = Vec::new();
+    for limit in limits.iter().rev() {
+        let who = limit.who;
+        let lives =
+            crate::story::process(who).is_some_and(|process| process.is_alive().unwrap_or(false));
+        let replaced = if lives {
+            sys::replace_soft_descriptor_limit(who.pid, limit.raised, limit.soft)
+        } else {
+            Ok(false)
+        };
+        match replaced {
+            Ok(_) => done.push(who),
+            Err(error) => {
+                tracing::warn!(pid = who.pid, %error, "the soft limit on descriptors stays raised");
+            }
+        }
+    }
+    done
+}
+
 fn started(census: &Census, pid: hobble_graft::ids::Pid) -> Option<u64> {
     census
         .processes()
@@ -793,4 +801,69 @@ fn is_ours(story: &Story, device: Device) -> bool {
                 lives && sighting::descriptor_is(place.who.pid, place.fd, device, kept.ino)
             })
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Child, Command};
+
+    /// A process whose soft limit on descriptors is `soft`.
+    struct Limited(Child);
+
+    impl Limited {
+        fn new(soft: u64) -> Self {
+            let script = format!("ulimit -Sn {soft}; echo; exec sleep 60");
+            let mut child = Command::new("sh")
+                .args(["-c", &script])
+                .stdout(std::process::Stdio::piped())
+                .spawn()
+                .expect("sh");
+            let mut line = [0];
+            std::io::Read::read_exact(child.stdout.as_mut().expect("stdout"), &mut line)
+                .expect("the limit is set");
+            Self(child)
+        }
+
+        fn who(&self) -> Who {
+            let pid = hobble_graft::ids::Pid::new(self.0.id().cast_signed()).expect("pid");
+            who(ProcessId::of(pid).expect("alive"))
+        }
+
+        fn soft(&self) -> Option<u64> {
+            let limits =
+                std::fs::read_to_string(format!("/proc/{}/limits", self.0.id())).expect("limits");
+            let line = limits
+                .lines()
+                .find_map(|line| line.strip_prefix("Max open files"))
+                .expect("a limit on descriptors");
+            line.split_ascii_whitespace().next()?.parse().ok()
+        }
+    }
+
+    impl Drop for Limited {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn a_limit_is_put_back_only_while_it_is_the_raised_one_of_that_process() {
+        let process = Limited::new(80);
+        let who = process.who();
+        let limit = |who, soft, raised| RaisedLimit { who, soft, raised };
+        // Raised to 72 and put back by hand, long ago; the program has 80 for its own reasons.
+        assert_eq!(put_limits_back(&[limit(who, 64, 72)]), [who]);
+        assert_eq!(process.soft(), Some(80), "somebody else's limit");
+        let other = Who {
+            start: who.start + 1,
+            ..who
+        };
+        put_limits_back(&[limit(other, 64, 80)]);
+        assert_eq!(process.soft(), Some(80), "somebody else's pid");
+        // What a recovery that died had raised on top goes first.
+        put_limits_back(&[limit(who, 64, 72), limit(who, 72, 80)]);
+        assert_eq!(process.soft(), Some(64));
+    }
 }

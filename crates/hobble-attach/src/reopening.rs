@@ -1,13 +1,16 @@
 //! Putting a rule set in force, and opening anew what was opened in a mode that the new rules cannot see.
 //!
-//! Invariant: when [`Engine::put_in_force`] returns without an error, no open file of the target bypasses a rule that is for it. Before, the former
-//! rules are in force: an update that cannot be made changes nothing.
+//! Invariant: when [`Engine::put_in_force`] returns without an error, no open file of the target bypasses a rule that is for it. When it fails, the former
+//! rules are in force, for the files too that were opened under the new ones meanwhile; and where those could not be opened anew either, the error, the
+//! status and an event say how many files the rules do not see.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hobble_api::event::{EventKind, Uncovered};
+use hobble_api::status::NotCovered;
 use hobble_graft::census::{self, Census, DescriptionId};
 use hobble_graft::stop::{Deadline, Tracer};
 use hobble_graft::switch::{NoHandover, Switch};
@@ -26,16 +29,79 @@ use crate::sighting;
 /// How often a target that could not be stopped in time is tried again.
 const TRIES: u32 = 3;
 
-impl Engine {
-    /// Makes `plan` the one that is asked (or none).
-    pub(crate) fn put_in_force(
-        &mut self,
-        plan: Option<Arc<Plan>>,
-        step: Step,
-    ) -> Result<(), AttachError> {
-        let origin = self.origin();
-        let before = self.in_force.clone();
-        let Some(hook) = self.hook.as_ref() else {
+/// Whoever asks the rules and has files open for them.
+trait Files {
+    /// A rule set.
+    type Plan;
+
+    /// Makes `plan` the one that is asked (or none). Gives the open files that it cannot see.
+    fn ask(&mut self, plan: Option<Self::Plan>) -> Result<BTreeSet<u64>, AttachError>;
+
+    /// Opens these files anew in the mode that the plan needs: all of them or none.
+    fn reopen(&mut self, files: &BTreeSet<u64>) -> Result<(), AttachError>;
+}
+
+/// A plan that could not be put in force: the former one is again.
+struct NotInForce {
+    /// Why.
+    error: AttachError,
+    /// How many open files the former plan cannot see, because they were opened for the other and could not be exchanged again.
+    unseen: usize,
+}
+
+/// Puts `plan` in force, or else `former` again.
+fn change<F: Files>(
+    files: &mut F,
+    plan: Option<F::Plan>,
+    former: Option<F::Plan>,
+) -> Result<(), NotInForce> {
+    let whole = |error| NotInForce { error, unseen: 0 };
+    let unseen = files.ask(plan).map_err(whole)?;
+    if unseen.is_empty() {
+        return Ok(());
+    }
+    let Err(error) = files.reopen(&unseen) else {
+        return Ok(());
+    };
+    // The same files as before, and those that the target has opened since, in the mode that the new plan wanted.
+    let unseen = files.ask(former).map_err(whole)?;
+    let unseen = if unseen.is_empty() {
+        0
+    } else if !error.rolled_back() {
+        // The target must be recovered, which is not to wait for another stop of it.
+        unseen.len()
+    } else {
+        match files.reopen(&unseen) {
+            Ok(()) => 0,
+            Err(again) => {
+                tracing::warn!(error = %again, cause = again.cause_chain(), files = unseen.len(), "open files could not be exchanged for the former rules");
+                let error = if again.rolled_back() {
+                    error
+                } else {
+                    error.needing_recovery()
+                };
+                return Err(NotInForce {
+                    error,
+                    unseen: unseen.len(),
+                });
+            }
+        }
+    };
+    Err(NotInForce { error, unseen })
+}
+
+/// The engine, changing rules in one step of its life.
+struct Serving<'e> {
+    engine: &'e mut Engine,
+    step: Step,
+}
+
+impl Files for Serving<'_> {
+    type Plan = Arc<Plan>;
+
+    fn ask(&mut self, plan: Option<Arc<Plan>>) -> Result<BTreeSet<u64>, AttachError> {
+        let origin = self.engine.origin();
+        let Some(hook) = self.engine.hook.as_ref() else {
             return Err(no_hook());
         };
         let change = hook.set_plan(plan.clone(), origin);
@@ -44,30 +110,74 @@ impl Engine {
                 "the kernel still waits for an operation before it drops what it has cached"
             );
         }
-        // What waits was delayed by the former rules, which are no more: it is carried out now.
+        // What waits was delayed by rules that are no more: it is carried out now.
         hook.release_delayed();
-        self.in_force = plan;
-        if !change.must_reopen.is_empty()
-            && let Err(error) = self.reopen(&change.must_reopen, step)
-        {
-            if let Some(hook) = self.hook.as_ref() {
-                hook.set_plan(before.clone(), origin);
-            }
-            self.in_force = before;
-            return Err(error);
-        }
-        if let Some(hook) = self.hook.as_ref() {
-            hook.arm();
-        }
-        Ok(())
+        self.engine.in_force = plan;
+        Ok(change
+            .must_reopen
+            .into_iter()
+            .map(HandleId::number)
+            .collect())
     }
 
-    fn reopen(&mut self, handles: &[HandleId], step: Step) -> Result<(), AttachError> {
-        let wanted: BTreeSet<u64> = handles.iter().map(|handle| handle.number()).collect();
+    fn reopen(&mut self, files: &BTreeSet<u64>) -> Result<(), AttachError> {
+        self.engine.reopen(files, self.step)
+    }
+}
+
+impl Engine {
+    /// Makes `plan` the one that is asked (or none). After an error the former one is.
+    pub(crate) fn put_in_force(
+        &mut self,
+        plan: Option<Arc<Plan>>,
+        step: Step,
+    ) -> Result<(), AttachError> {
+        let former = self.in_force.clone();
+        let had_rules = former.is_some();
+        match change(&mut Serving { engine: self, step }, plan, former) {
+            Ok(()) => {
+                self.tell_unseen(0);
+                if let Some(hook) = self.hook.as_ref() {
+                    hook.arm();
+                }
+                Ok(())
+            }
+            Err(NotInForce { error, unseen }) => {
+                self.tell_unseen(unseen);
+                Err(not_in_force(error, unseen, had_rules))
+            }
+        }
+    }
+
+    /// Shows in status and events that the rules in force do not see some open files, or that they see all of them again.
+    fn tell_unseen(&mut self, files: usize) {
+        let now = (files > 0).then(|| NotCovered {
+            what: open_files(files),
+            reason: "opened for rules that could not be put in force, and not exchanged since: the rules in force do not see what is read and written through \
+                     them until they are closed, or until the next change of the rules"
+                .to_owned(),
+            pid: None,
+        });
+        if now == self.unseen {
+            return;
+        }
+        let before = std::mem::replace(&mut self.unseen, now.clone());
+        self.board.edit(|status| {
+            status
+                .not_covered
+                .retain(|known| Some(known) != before.as_ref());
+            status.not_covered.extend(now.clone());
+        });
+        self.board.publish(EventKind::NotCovered(Uncovered {
+            not_covered: now.into_iter().collect(),
+        }));
+    }
+
+    fn reopen(&mut self, wanted: &BTreeSet<u64>, step: Step) -> Result<(), AttachError> {
         let mut attempt = 1;
         loop {
             let result =
-                Tracer::scope(|tracer| self.reopen_once(tracer, &wanted, step).map_err(Traced))
+                Tracer::scope(|tracer| self.reopen_once(tracer, wanted, step).map_err(Traced))
                     .map_err(|Traced(error)| error);
             if let Some(hook) = self.hook.as_ref() {
                 hook.unquiesce();
@@ -155,16 +265,58 @@ impl Engine {
         applied.map(drop).map_err(|failed| {
             tracing::debug!(error = chain(&failed), "reopening");
             let rolled_back = failed.rolled_back;
-            let error = AttachError::new(step, "the rules need open files to be exchanged, which failed; the former rules are in force")
+            let error = AttachError::new(step, "open files could not be exchanged")
                 .because(failed)
                 .hinting("a longer --max-pause may help");
-            if rolled_back { error } else { error.needing_recovery() }
+            if rolled_back {
+                error
+            } else {
+                error.needing_recovery()
+            }
         })
     }
 
     /// The zero of every rule's window.
     fn origin(&self) -> Instant {
         self.began.unwrap_or_else(Instant::now)
+    }
+}
+
+fn open_files(number: usize) -> String {
+    if number == 1 {
+        "1 open file".to_owned()
+    } else {
+        format!("{number} open files")
+    }
+}
+
+/// The error of a change of rules, which says what is in force now.
+fn not_in_force(error: AttachError, unseen: usize, had_rules: bool) -> AttachError {
+    let mut now = if had_rules {
+        "the former rules are in force"
+    } else {
+        "no rule is in force"
+    }
+    .to_owned();
+    if unseen > 0 {
+        now.push_str(&format!(" except for {}", open_files(unseen)));
+    }
+    let (step, code, rolled_back) = (error.step(), error.exit_code(), error.rolled_back());
+    let hint = error.hint().map(str::to_owned);
+    let told = AttachError::new(
+        step,
+        format!("the rules need open files to be opened anew, which failed; {now}"),
+    )
+    .because(error)
+    .exiting(code);
+    let told = match hint {
+        Some(hint) => told.hinting(hint),
+        None => told,
+    };
+    if rolled_back {
+        told
+    } else {
+        told.needing_recovery()
     }
 }
 
@@ -187,4 +339,136 @@ fn concerned(
                 .then_some((description.id, handle))
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Files that are open in one mode or the other, and a target that can be stopped only so often.
+    struct Fake {
+        asked: Option<&'static str>,
+        /// Number of the file and the rules that see it.
+        files: Vec<(u64, &'static str, bool)>,
+        /// What the target opens while it is tried to stop it; in the mode that the plan of the moment wants.
+        opens: Vec<(u64, &'static str)>,
+        /// Results of the next reopenings: done, not done, or half done.
+        results: Vec<Result<(), bool>>,
+    }
+
+    impl Files for Fake {
+        type Plan = &'static str;
+
+        fn ask(&mut self, plan: Option<&'static str>) -> Result<BTreeSet<u64>, AttachError> {
+            self.asked = plan;
+            Ok(self.unseen())
+        }
+
+        fn reopen(&mut self, files: &BTreeSet<u64>) -> Result<(), AttachError> {
+            let opened = std::mem::take(&mut self.opens);
+            self.files.extend(
+                opened
+                    .into_iter()
+                    .map(|(file, rules)| (file, rules, self.asked == Some(rules))),
+            );
+            match self.results.remove(0) {
+                Ok(()) => {
+                    for file in &mut self.files {
+                        file.2 |= files.contains(&file.0);
+                    }
+                    Ok(())
+                }
+                Err(rolled_back) => {
+                    let error = AttachError::new(Step::Stop, "it runs on");
+                    Err(if rolled_back {
+                        error
+                    } else {
+                        error.needing_recovery()
+                    })
+                }
+            }
+        }
+    }
+
+    impl Fake {
+        fn new(results: Vec<Result<(), bool>>) -> Self {
+            Self {
+                asked: Some("old"),
+                files: vec![(1, "old", true), (2, "new", false)],
+                opens: vec![(3, "old"), (4, "new"), (5, "old")],
+                results,
+            }
+        }
+
+        /// Open files that rules are for which do not see them.
+        fn unseen(&self) -> BTreeSet<u64> {
+            self.files
+                .iter()
+                .filter(|(_, rules, sees)| Some(*rules) == self.asked && !sees)
+                .map(|(file, ..)| *file)
+                .collect()
+        }
+    }
+
+    #[test]
+    fn a_plan_in_force_sees_every_file() {
+        let mut files = Fake::new(vec![Ok(())]);
+        assert!(change(&mut files, Some("new"), Some("old")).is_ok());
+        assert_eq!(
+            (files.asked, files.unseen()),
+            (Some("new"), BTreeSet::new())
+        );
+    }
+
+    #[test]
+    fn what_was_opened_under_the_new_plan_is_opened_anew_for_the_former_one() {
+        let mut files = Fake::new(vec![Err(true), Ok(())]);
+        let failed = change(&mut files, Some("new"), Some("old")).expect_err("it runs on");
+        assert_eq!(
+            (files.asked, files.unseen()),
+            (Some("old"), BTreeSet::new())
+        );
+        assert_eq!(failed.unseen, 0);
+        assert_eq!(
+            not_in_force(failed.error, 0, true).to_string(),
+            "the rules need open files to be opened anew, which failed; the former rules are in force"
+        );
+    }
+
+    #[test]
+    fn what_the_former_plan_does_not_see_is_told() {
+        let mut files = Fake::new(vec![Err(true), Err(true)]);
+        let failed = change(&mut files, Some("new"), Some("old")).expect_err("it runs on");
+        assert_eq!((files.asked, files.unseen()), (Some("old"), [3, 5].into()));
+        assert_eq!((failed.unseen, failed.error.rolled_back()), (2, true));
+        let told = not_in_force(failed.error, 2, true);
+        assert!(
+            told.to_string()
+                .ends_with("the former rules are in force except for 2 open files"),
+            "{told}"
+        );
+        assert_eq!(told.cause_chain(), "it runs on");
+    }
+
+    #[test]
+    fn a_half_done_exchange_needs_recovery_and_no_further_stop() {
+        let mut files = Fake::new(vec![Err(false)]);
+        let failed = change(&mut files, Some("new"), Some("old")).expect_err("half done");
+        assert_eq!((files.asked, failed.unseen), (Some("old"), 2));
+        assert!(!not_in_force(failed.error, 2, true).rolled_back());
+        // Also when it is the second one that is left half done.
+        let mut files = Fake::new(vec![Err(true), Err(false)]);
+        let failed = change(&mut files, Some("new"), Some("old")).expect_err("half done");
+        assert!(!failed.error.rolled_back());
+    }
+
+    #[test]
+    fn a_resume_that_fails_leaves_it_paused() {
+        let mut files = Fake::new(vec![Err(true)]);
+        files.asked = None;
+        let failed = change(&mut files, Some("new"), None).expect_err("it runs on");
+        assert_eq!((files.asked, failed.unseen), (None, 0));
+        let told = not_in_force(failed.error, 0, false);
+        assert!(told.to_string().ends_with("no rule is in force"), "{told}");
+    }
 }

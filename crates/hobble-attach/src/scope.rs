@@ -1,135 +1,158 @@
 //! Who is a target: the answer that the mirror asks for at every operation that a rule might match.
 //!
-//! Invariant: in `tree` scope a process is a target from its fork on, whatever becomes of its parents. The kernel's process-event
-//! connector (drivers/connector/cn_proc.c) reports every fork before the child first runs (kernel/fork.c: `proc_fork_connector` precedes
-//! `wake_up_new_task`), so draining the socket before deciding on an unknown caller makes a double-forked daemon a target. Where the connector
-//! cannot be had, the chain of parents is followed at the first operation of a new process, which misses a process whose parents have
-//! already gone; pre-flight says so.
+//! Invariants: in `tree` scope a process is a target from its fork on, whatever becomes of its parents; a process that only got the pid of one is none.
+//!
+//! The process-event connector ([`crate::process_events`]) reports every fork before the child first runs (kernel/fork.c: `proc_fork_connector` precedes
+//! `wake_up_new_task`), so draining it before deciding on an unknown caller makes a double-forked daemon a target. It reports every exit too, so with it a
+//! pid, or a thread id, means who it meant when it was heard of.
+//!
+//! Where the connector cannot be had, or has lost events (ENOBUFS), nobody tells of an exit, and a number alone means nothing: a process counts only with the
+//! start time that it was known with. The chain of parents is then followed at the first operation of a new process, which misses a process whose parents
+//! have already gone; pre-flight says so.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::net::netlink::{self, SocketAddrNetlink};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use hobble_graft::ids::{Pid, ProcessId, Tid};
+use hobble_graft::proc::{stat, status};
 
-/// `CN_IDX_PROC` of linux/connector.h; also the multicast group.
-const CN_IDX_PROC: u32 = 1;
-/// `CN_VAL_PROC`.
-const CN_VAL_PROC: u32 = 1;
-/// `PROC_CN_MCAST_LISTEN` of linux/cn_proc.h.
-const PROC_CN_MCAST_LISTEN: u32 = 1;
-/// `NLMSG_DONE`, the message type that the connector uses.
-const NLMSG_DONE: u16 = 3;
-const NLMSG_HEADER: usize = 16;
-const CN_HEADER: usize = 20;
-const EVENT_FORK: u32 = 0x0000_0001;
-const EVENT_EXIT: u32 = 0x8000_0000;
+use crate::process_events::{Connector, ProcessEvent};
 
-/// A process event that matters here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum ProcessEvent {
-    Fork {
-        parent: i32,
-        child_thread: i32,
-        child: i32,
-    },
-    Exit {
-        thread: i32,
-        process: i32,
-    },
-}
+/// A chain of parents is short; the bound only keeps a race of re-used pids from looping.
+const LONGEST_CHAIN: usize = 64;
+/// Threads that are remembered where nobody tells of their end; then all are forgotten and looked up afresh.
+const MOST_THREADS: usize = 1 << 14;
 
-fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
-    bytes
-        .get(offset..offset + 4)?
-        .try_into()
-        .ok()
-        .map(u32::from_ne_bytes)
-}
-
-fn pid_at(bytes: &[u8], offset: usize) -> Option<i32> {
-    u32_at(bytes, offset).and_then(|value| i32::try_from(value).ok())
-}
-
-/// Parses one netlink datagram of the connector.
-fn parse_event(datagram: &[u8]) -> Option<ProcessEvent> {
-    let event = datagram.get(NLMSG_HEADER + CN_HEADER..)?;
-    // struct proc_event: what u32, cpu u32, timestamp_ns u64, then the union.
-    let data = event.get(16..)?;
-    match u32_at(event, 0)? {
-        // parent_pid, parent_tgid, child_pid, child_tgid
-        EVENT_FORK => Some(ProcessEvent::Fork {
-            parent: pid_at(data, 4)?,
-            child_thread: pid_at(data, 8)?,
-            child: pid_at(data, 12)?,
-        }),
-        // process_pid, process_tgid, exit_code, exit_signal, …
-        EVENT_EXIT => Some(ProcessEvent::Exit {
-            thread: pid_at(data, 0)?,
-            process: pid_at(data, 4)?,
-        }),
-        _ => None,
-    }
-}
-
-/// A subscription to the connector.
-#[derive(Debug)]
-struct Connector {
-    socket: OwnedFd,
-}
-
-impl Connector {
-    fn subscribe() -> io::Result<Self> {
-        let socket = rustix::net::socket_with(
-            AddressFamily::NETLINK,
-            SocketType::DGRAM,
-            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-            Some(netlink::CONNECTOR),
-        )?;
-        // A burst of forks must not overflow the queue; root may go past rmem_max.
-        let _ = rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, 8 << 20);
-        rustix::net::bind(&socket, &SocketAddrNetlink::new(0, CN_IDX_PROC))?;
-        let mut message = Vec::with_capacity(NLMSG_HEADER + CN_HEADER + 4);
-        let total = (NLMSG_HEADER + CN_HEADER + 4) as u32;
-        message.extend(total.to_ne_bytes());
-        message.extend(NLMSG_DONE.to_ne_bytes());
-        message.extend([0; 10]);
-        message.extend(CN_IDX_PROC.to_ne_bytes());
-        message.extend(CN_VAL_PROC.to_ne_bytes());
-        message.extend([0; 8]);
-        message.extend(4_u16.to_ne_bytes());
-        message.extend([0; 2]);
-        message.extend(PROC_CN_MCAST_LISTEN.to_ne_bytes());
-        rustix::net::send(&socket, &message, SendFlags::empty())?;
-        Ok(Self { socket })
-    }
-
-    /// Hands over what has come; says whether events were lost (ENOBUFS).
-    fn drain(&self, mut each: impl FnMut(ProcessEvent)) -> bool {
-        let mut buffer = [0_u8; 1024];
-        let mut lost = false;
-        loop {
-            match rustix::net::recv(&self.socket, &mut buffer, RecvFlags::DONTWAIT) {
-                Ok((length, _)) => {
-                    if let Some(event) = buffer.get(..length).and_then(parse_event) {
-                        each(event);
-                    }
-                }
-                Err(rustix::io::Errno::NOBUFS) => lost = true,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(_) => return lost,
-            }
-        }
-    }
+/// What is known of a thread.
+#[derive(Debug, Clone, Copy)]
+struct Thread {
+    is_target: bool,
+    /// When it started; `None` where its exit event takes it away.
+    start: Option<u64>,
 }
 
 #[derive(Debug, Default)]
 struct Tree {
-    processes: HashSet<i32>,
-    /// Known threads; a thread leaves with its exit event, so a re-used id is looked up afresh.
-    threads: HashMap<i32, bool>,
+    /// Members: pid, and the start time that makes the pid that process. `None` for one that was gone, or could not be looked at, when its fork event was
+    /// read: until its exit event its pid is its own, and its children are members too. Only with the connector, and not past a loss of events.
+    processes: BTreeMap<Pid, Option<u64>>,
+    /// Known threads.
+    threads: HashMap<i32, Thread>,
+}
+
+impl Tree {
+    fn of(list: Vec<ProcessId>) -> Self {
+        Self {
+            processes: list
+                .into_iter()
+                .map(|process| (process.pid, Some(process.start_time)))
+                .collect(),
+            threads: HashMap::new(),
+        }
+    }
+
+    /// Whether this very process is a member. One with the same pid that started at another time is forgotten: it has ended.
+    fn has(&mut self, process: ProcessId) -> bool {
+        let Some(start) = self.processes.get_mut(&process.pid) else {
+            return false;
+        };
+        let is_same = *start.get_or_insert(process.start_time) == process.start_time;
+        if !is_same {
+            self.processes.remove(&process.pid);
+        }
+        is_same
+    }
+
+    /// Whether a process or one of its parents is a member; whoever is in between becomes one.
+    fn has_above(&mut self, process: Pid) -> bool {
+        let mut chain: Vec<ProcessId> = Vec::new();
+        let mut next = process;
+        for _ in 0..LONGEST_CHAIN {
+            let Ok(stat) = stat::of_process(next) else {
+                return false;
+            };
+            let found = ProcessId {
+                pid: next,
+                start_time: stat.start_time,
+            };
+            // A parent, by adoption too, is older than its child: what is younger has the pid of a parent that has ended just now.
+            if chain
+                .last()
+                .is_some_and(|child| child.start_time < found.start_time)
+            {
+                return false;
+            }
+            if self.has(found) {
+                let between = chain
+                    .into_iter()
+                    .map(|process| (process.pid, Some(process.start_time)));
+                self.processes.extend(between);
+                return true;
+            }
+            chain.push(found);
+            match Pid::new(stat.parent) {
+                Some(parent) if parent.as_raw() > 1 => next = parent,
+                _ => return false,
+            }
+        }
+        false
+    }
+
+    fn forked(&mut self, parent: Pid, child_thread: i32, child: Pid) {
+        self.threads.remove(&child_thread);
+        let is_process = child_thread == child.as_raw();
+        if self.processes.contains_key(&parent) {
+            // A new thread of a member tells nothing new.
+            if is_process || !self.processes.contains_key(&child) {
+                self.processes.insert(child, start_of(child));
+            }
+        } else if is_process {
+            // A re-used pid whose exit event was lost must not inherit its predecessor's place.
+            self.processes.remove(&child);
+        }
+    }
+
+    fn exited(&mut self, thread: i32, process: Pid) {
+        self.threads.remove(&thread);
+        let Some(start) = self.processes.get(&process) else {
+            return;
+        };
+        // The pid may be another's by the time the event is read.
+        let is_other = start.is_some_and(|start| start_of(process) != Some(start));
+        if is_other || !has_other_threads(process, thread) {
+            self.processes.remove(&process);
+        }
+    }
+
+    /// Forgets whoever is not known to live still.
+    fn retain_living(&mut self) {
+        self.processes.retain(|pid, start| {
+            start.is_some_and(|start_time| {
+                let process = ProcessId {
+                    pid: *pid,
+                    start_time,
+                };
+                process.is_alive().unwrap_or(true)
+            })
+        });
+    }
+}
+
+/// When the process or thread that has this number now started.
+fn start_of(pid: Pid) -> Option<u64> {
+    // A thread that is no leader is not listed in /proc, but may be looked up there, and what `stat` tells then is its own.
+    stat::of_process(pid).ok().map(|stat| stat.start_time)
+}
+
+/// Whether a process has a living thread besides `thread`: the leader may exit before its threads (pthread_exit in main), and the process stays a target until
+/// the last has gone. The one that reports its exit is still listed.
+fn has_other_threads(process: Pid, thread: i32) -> bool {
+    let threads = hobble_graft::proc::tree::threads(process).unwrap_or_default();
+    threads
+        .into_iter()
+        .filter(|tid| tid.as_raw() != thread)
+        .any(|tid| stat::of_thread(process, tid).is_ok_and(|stat| !stat.state.is_dead()))
 }
 
 /// The set of target processes.
@@ -138,27 +161,6 @@ pub(crate) struct TargetSet {
     everyone: bool,
     connector: Option<Connector>,
     tree: Mutex<Tree>,
-}
-
-/// Whether a thread is not a zombie.
-fn is_living(process: i32, thread: &str) -> bool {
-    std::fs::read_to_string(format!("/proc/{process}/task/{thread}/status")).is_ok_and(|text| {
-        text.lines().any(|line| {
-            line.strip_prefix("State:")
-                .is_some_and(|state| !state.trim_start().starts_with(['Z', 'X']))
-        })
-    })
-}
-
-fn status_field(pid: i32, field: &str) -> Option<i32> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    text.lines().find_map(|line| {
-        line.strip_prefix(field)?
-            .strip_prefix(':')?
-            .trim()
-            .parse()
-            .ok()
-    })
 }
 
 impl TargetSet {
@@ -172,7 +174,7 @@ impl TargetSet {
     }
 
     /// These processes and all their later descendants. The subscription is made before `list` is called, so that no fork falls between.
-    pub(crate) fn tree(list: impl FnOnce() -> Vec<i32>) -> Arc<Self> {
+    pub(crate) fn tree(list: impl FnOnce() -> Vec<ProcessId>) -> Arc<Self> {
         let connector = match Connector::subscribe() {
             Ok(connector) => Some(connector),
             Err(error) => {
@@ -180,14 +182,14 @@ impl TargetSet {
                 None
             }
         };
-        let tree = Tree {
-            processes: list().into_iter().collect(),
-            threads: HashMap::new(),
-        };
+        Self::with(connector, list())
+    }
+
+    fn with(connector: Option<Connector>, list: Vec<ProcessId>) -> Arc<Self> {
         Arc::new(Self {
             everyone: false,
             connector,
-            tree: Mutex::new(tree),
+            tree: Mutex::new(Tree::of(list)),
         })
     }
 
@@ -196,11 +198,22 @@ impl TargetSet {
         self.everyone || self.connector.is_some()
     }
 
-    /// The target processes known now, those that have exited left out.
-    pub(crate) fn processes(&self) -> Vec<i32> {
+    /// The target processes known now, by ascending pid, those that have exited left out.
+    pub(crate) fn processes(&self) -> Vec<ProcessId> {
         let mut tree = self.tree.lock().unwrap_or_else(PoisonError::into_inner);
         self.drain(&mut tree);
-        tree.processes.iter().copied().collect()
+        if self.connector.is_none() {
+            tree.retain_living();
+        }
+        tree.processes
+            .iter()
+            .filter_map(|(pid, start)| {
+                Some(ProcessId {
+                    pid: *pid,
+                    start_time: start.or_else(|| start_of(*pid))?,
+                })
+            })
+            .collect()
     }
 
     fn drain(&self, tree: &mut Tree) {
@@ -213,74 +226,60 @@ impl TargetSet {
                 child_thread,
                 child,
             } => {
-                tree.threads.remove(&child_thread);
-                if tree.processes.contains(&parent) {
-                    tree.processes.insert(child);
-                } else if child_thread == child {
-                    // A re-used pid whose exit event was lost must not inherit its predecessor's place.
-                    tree.processes.remove(&child);
+                if let (Some(parent), Some(child)) = (Pid::new(parent), Pid::new(child)) {
+                    tree.forked(parent, child_thread, child);
                 }
             }
             ProcessEvent::Exit { thread, process } => {
-                tree.threads.remove(&thread);
-                // The leader may exit before its threads (pthread_exit in main); the process stays a target until the last has gone. The one that reports
-                // its exit is still listed.
-                let others =
-                    std::fs::read_dir(format!("/proc/{process}/task")).map_or(0, |tasks| {
-                        tasks
-                            .filter_map(Result::ok)
-                            .filter(|task| {
-                                task.file_name().to_str().is_some_and(|name| {
-                                    name.parse() != Ok(thread) && is_living(process, name)
-                                })
-                            })
-                            .count()
-                    });
-                if others == 0 {
-                    tree.processes.remove(&process);
+                if let Some(process) = Pid::new(process) {
+                    tree.exited(thread, process);
                 }
             }
         });
         if lost {
+            tracing::warn!(
+                "process events were lost; children whose parents have gone meanwhile are no targets"
+            );
             tree.threads.clear();
-            tree.processes
-                .retain(|pid| status_field(*pid, "Tgid").is_some());
+            tree.retain_living();
         }
     }
 
-    /// Whether the thread belongs to a target.
+    /// Whether the thread belongs to a target. One look into a map for a thread that is known, where the connector tells when it ends.
     pub(crate) fn contains(&self, tid: i32) -> bool {
         if self.everyone {
             return true;
         }
+        // Where nobody tells of its end, the answer that is known for a thread id counts for the thread that it was found for, and for no other: its start time
+        // is read every time. That is a few microseconds for each operation on top of the two context switches of a FUSE request; to trust the id for a
+        // while would fault a stranger's operations.
+        let start = if self.connector.is_some() {
+            None
+        } else {
+            let Some(start) = Pid::new(tid).and_then(start_of) else {
+                return false;
+            };
+            Some(start)
+        };
         let mut tree = self.tree.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = tree.threads.get(&tid) {
-            return *known;
+        if let Some(known) = tree.threads.get(&tid)
+            && known.start == start
+        {
+            return known.is_target;
         }
         self.drain(&mut tree);
-        let Some(process) = status_field(tid, "Tgid") else {
+        let Some(process) = Tid::new(tid)
+            .and_then(|tid| status::of_thread(tid).ok())
+            .and_then(|status| Pid::new(status.tgid))
+        else {
             return false;
         };
-        let mut member = tree.processes.contains(&process);
-        let mut ancestor = process;
-        let mut chain = vec![process];
-        // A chain of parents is short; the bound only keeps a race of re-used pids from looping.
-        for _ in 0..64 {
-            if member {
-                break;
-            }
-            match status_field(ancestor, "PPid") {
-                Some(parent) if parent > 1 => ancestor = parent,
-                _ => break,
-            }
-            member = tree.processes.contains(&ancestor);
-            chain.push(ancestor);
+        let is_target = tree.has_above(process);
+        if start.is_some() && tree.threads.len() >= MOST_THREADS {
+            tree.threads.clear();
         }
-        if member {
-            tree.processes.extend(chain);
-        }
-        tree.threads.insert(tid, member);
-        member
+        tree.threads.insert(tid, Thread { is_target, start });
+        is_target
     }
 }
 
@@ -295,15 +294,7 @@ pub(crate) fn follow(set: &Arc<TargetSet>) -> io::Result<()> {
         .spawn(move || {
             while let Some(set) = weak.upgrade() {
                 if let Some(connector) = &set.connector {
-                    let mut polled = [rustix::event::PollFd::new(
-                        &connector.socket,
-                        rustix::event::PollFlags::IN,
-                    )];
-                    let second = rustix::event::Timespec {
-                        tv_sec: 1,
-                        tv_nsec: 0,
-                    };
-                    let _ = rustix::event::poll(&mut polled, Some(&second));
+                    connector.wait();
                 }
                 let mut tree = set.tree.lock().unwrap_or_else(PoisonError::into_inner);
                 set.drain(&mut tree);
@@ -315,27 +306,138 @@ pub(crate) fn follow(set: &Arc<TargetSet>) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::process::{Command, Stdio};
+    use std::io::{BufRead, Write};
+    use std::process::{Child, Command, Stdio};
+
+    fn id(child: &Child) -> ProcessId {
+        ProcessId::of(Pid::new(child.id().cast_signed()).expect("pid")).expect("alive")
+    }
+
+    /// A process that is gone when this is.
+    struct Process(Child);
+
+    impl Process {
+        fn sleeping() -> Self {
+            Self(Command::new("sleep").arg("30").spawn().expect("sleep"))
+        }
+
+        fn pid(&self) -> i32 {
+            self.0.id().cast_signed()
+        }
+    }
+
+    impl Drop for Process {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    /// A shell with a child that sleeps, and the child's pid.
+    fn parent_and_child() -> (Process, i32) {
+        let mut shell = Command::new("sh")
+            .args(["-c", "sleep 30 >/dev/null 2>&1 & echo $!; wait"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("sh");
+        let mut line = String::new();
+        std::io::BufReader::new(shell.stdout.take().expect("stdout"))
+            .read_line(&mut line)
+            .expect("read");
+        (Process(shell), line.trim().parse().expect("pid"))
+    }
+
+    fn kill(pid: i32) {
+        let pid = rustix::process::Pid::from_raw(pid).expect("pid");
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    }
 
     #[test]
-    fn events_are_parsed_and_nonsense_is_not() {
-        let mut datagram = vec![0_u8; NLMSG_HEADER + CN_HEADER];
-        datagram.extend(EVENT_FORK.to_ne_bytes());
-        datagram.extend([0; 12]);
-        for pid in [10_u32, 10, 12, 11] {
-            datagram.extend(pid.to_ne_bytes());
+    fn without_events_descendants_are_found_by_their_parents() {
+        let (shell, child) = parent_and_child();
+        let set = TargetSet::with(None, vec![id(&shell.0)]);
+        assert!(!set.follows_forks());
+        let stranger = Process::sleeping();
+        assert!(set.contains(child), "a child of a target");
+        assert!(set.contains(child), "the answer is remembered");
+        assert!(!set.contains(stranger.pid()), "a stranger");
+        let known: Vec<i32> = set
+            .processes()
+            .into_iter()
+            .map(|process| process.pid.as_raw())
+            .collect();
+        let mut both = [shell.pid(), child];
+        both.sort_unstable();
+        assert_eq!(known, both);
+        // It stays a target when its parent has gone.
+        drop(shell);
+        assert!(set.contains(child), "an orphan that was a target");
+        assert_eq!(set.processes().len(), 1, "the parent has ended");
+        kill(child);
+    }
+
+    #[test]
+    fn a_reused_pid_is_no_target_and_neither_are_its_children() {
+        let (shell, child) = parent_and_child();
+        let now = id(&shell.0);
+        // What had the pid before.
+        let before = ProcessId {
+            start_time: now.start_time - 1,
+            ..now
+        };
+        for connector in [None, Connector::subscribe().ok()] {
+            let set = TargetSet::with(connector, vec![before]);
+            assert_eq!(
+                (set.contains(shell.pid()), set.contains(child)),
+                (false, false)
+            );
+        }
+        let set = TargetSet::with(None, vec![before]);
+        assert_eq!(set.processes(), [], "it has ended");
+        kill(child);
+    }
+
+    #[test]
+    fn without_events_what_is_known_of_a_thread_id_does_not_outlive_the_thread() {
+        let (target, stranger) = (Process::sleeping(), Process::sleeping());
+        let set = TargetSet::with(None, vec![id(&target.0)]);
+        // Both ids were somebody else's when they were asked about first.
+        {
+            let mut tree = set.tree.lock().expect("lock");
+            for (process, is_target) in [(&target, false), (&stranger, true)] {
+                let start = Some(id(&process.0).start_time - 1);
+                tree.threads
+                    .insert(process.pid(), Thread { is_target, start });
+            }
         }
         assert_eq!(
-            parse_event(&datagram),
-            Some(ProcessEvent::Fork {
-                parent: 10,
-                child_thread: 12,
-                child: 11
-            })
+            (set.contains(target.pid()), set.contains(stranger.pid())),
+            (true, false)
         );
-        for length in 0..datagram.len() {
-            assert_eq!(parse_event(&datagram[..length]), None);
-        }
+    }
+
+    #[test]
+    fn whoever_was_gone_when_its_fork_was_read_has_children_that_are_targets() {
+        let pid = |raw| Pid::new(raw).expect("pid");
+        // Above the largest pid that Linux gives (PID_MAX_LIMIT): nobody has it.
+        let (root, daemon) = (pid(4_194_305), pid(4_194_306));
+        let living = Process::sleeping();
+        let mut tree = Tree::of(vec![ProcessId {
+            pid: root,
+            start_time: 1,
+        }]);
+        tree.forked(root, daemon.as_raw(), daemon);
+        tree.forked(daemon, living.pid(), pid(living.pid()));
+        tree.exited(daemon.as_raw(), daemon);
+        assert!(!tree.processes.contains_key(&daemon));
+        assert!(tree.has(id(&living.0)));
+        // Past a loss of events a pid without a start time could be anybody's.
+        tree.forked(root, daemon.as_raw(), daemon);
+        tree.retain_living();
+        assert_eq!(
+            tree.processes.into_keys().collect::<Vec<_>>(),
+            [pid(living.pid())]
+        );
     }
 
     #[test]
@@ -350,12 +452,11 @@ mod tests {
             .stdout(Stdio::piped())
             .spawn()
             .expect("sh");
-        let set = TargetSet::tree(|| vec![shell.id() as i32]);
+        let set = TargetSet::tree(|| vec![id(&shell)]);
         assert!(
             set.follows_forks(),
             "the process-event connector is needed for this test"
         );
-        use std::io::{BufRead, Write};
         shell
             .stdin
             .as_mut()

@@ -3,8 +3,6 @@
 //! Invariant: everything here is a claim of a file that may have been tampered with. A claim about a process is used only while a process with that
 //! pid *and* start time lives; a claim about a descriptor only when the descriptor turns out to be that file.
 
-use std::collections::BTreeMap;
-
 use hobble_graft::ids::{BootId, Pid, ProcessId};
 use hobble_graft::remote::Residue;
 
@@ -30,11 +28,23 @@ pub(crate) struct Story {
     pub(crate) kept: Vec<Kept>,
     pub(crate) posix: Vec<PosixLock>,
     pub(crate) residues: Vec<Residue>,
-    pub(crate) limits: BTreeMap<i32, u64>,
+    /// Soft limits that may be raised still, in the order in which they were raised. A process may be in it twice: a recovery that died raised what the
+    /// server had left raised.
+    pub(crate) limits: Vec<RaisedLimit>,
     /// The hook was about to be placed: it may be there, and the mount around it may propagate differently.
     pub(crate) placing: Option<Around>,
     /// Nothing but late descriptors is left.
     pub(crate) recovered: bool,
+}
+
+/// A soft limit on descriptors that was raised for an exchange.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RaisedLimit {
+    pub(crate) who: Who,
+    /// What it was before.
+    pub(crate) soft: u64,
+    /// What it was raised to.
+    pub(crate) raised: u64,
 }
 
 /// A process named by the journal, if its numbers are numbers of a process.
@@ -121,8 +131,13 @@ impl Story {
                         "the journal's record of what was left in a process is not understood"
                     ),
                 },
-                Record::Limit { pid, soft } => {
-                    story.limits.entry(pid).or_insert(soft);
+                Record::Limit { who, soft, raised } => {
+                    story.limits.push(RaisedLimit { who, soft, raised });
+                }
+                Record::LimitPutBack { who } => {
+                    if let Some(last) = story.limits.iter().rposition(|limit| limit.who == who) {
+                        story.limits.remove(last);
+                    }
                 }
                 Record::Recovered { .. } => story.recovered = true,
                 Record::Stopping { .. }
@@ -195,6 +210,31 @@ mod tests {
             Story::of(opened("abcd", other), "abcd"),
             Err(JournalError::Foreign { .. })
         ));
+    }
+
+    #[test]
+    fn a_limit_that_was_put_back_is_not_put_back_again() {
+        let (one, two) = (Who { pid: 7, start: 1 }, Who { pid: 7, start: 2 });
+        let limit = |who, soft, raised| Record::Limit { who, soft, raised };
+        let back = |who| Record::LimitPutBack { who };
+        let limits = |records: Vec<Record>| {
+            let limits = Story::of(records, "abcd").unwrap().limits;
+            limits
+                .into_iter()
+                .map(|limit| (limit.who, limit.soft, limit.raised))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(limits(vec![limit(one, 64, 80), back(one)]), []);
+        assert_eq!(
+            limits(vec![limit(one, 64, 80), back(two)]),
+            [(one, 64, 80)],
+            "another process with the same pid"
+        );
+        // The server died with the limit raised, and a recovery raised it further and has put that back.
+        assert_eq!(
+            limits(vec![limit(one, 64, 80), limit(one, 80, 96), back(one)]),
+            [(one, 64, 80)]
+        );
     }
 
     #[test]

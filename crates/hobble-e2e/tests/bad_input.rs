@@ -459,6 +459,61 @@ fn a_pause_past_its_limit_is_rolled_back() -> Result<()> {
 }
 
 #[test]
+fn more_sockets_than_the_pause_allows_are_rolled_back() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let mut target = Target::start(Program::Ops, [""; 0])?;
+        target.expect(&format!("open 1 +c {}/file", text(volume.path())?))?;
+        // Each has to be bound through the hook while the target stands still. The target stops within a few milliseconds; these take far longer.
+        let sockets: Vec<_> = (0..2500)
+            .map(|number| volume.path().join(format!("s{number}")))
+            .collect();
+        let listeners = sockets
+            .iter()
+            .map(std::os::unix::net::UnixListener::bind)
+            .collect::<Result<Vec<_>, _>>()?;
+        let before = movable(&target)?;
+        let mounts = process::mounts(&target.pid().to_string())?;
+        let pid = target.pid().to_string();
+        let mut inject = hobble.inject([
+            "--pid",
+            &pid,
+            "--path",
+            text(volume.path())?,
+            "--no-rules",
+            "--max-pause",
+            "60ms",
+        ])?;
+        let failed = inject.wait_event("failed", STEP)?;
+        let cause = failed
+            .get("cause")
+            .and_then(serde_json::Value::as_str)
+            .unwrap_or_default();
+        ensure!(
+            cause.contains("could not be moved within --max-pause")
+                && ["onto the hook", "in a mount namespace"]
+                    .iter()
+                    .any(|late| cause.contains(late)),
+            "{failed}"
+        );
+        ensure!(failed.get("rolled_back") == Some(&true.into()), "{failed}");
+        let status = inject.status(STEP)?;
+        ensure!(status.code() == Some(4), "{status}: {failed}");
+        ensure!(
+            process::mounts(&pid)? == mounts,
+            "the target's mounts changed"
+        );
+        assert_hooked(&target, volume.path(), false)?;
+        assert_same_descriptors(&target, &before)?;
+        for socket in sockets.iter().step_by(500) {
+            std::os::unix::net::UnixStream::connect(socket)
+                .with_context(|| format!("connect to {}", socket.display()))?;
+        }
+        drop(listeners);
+        target.finish().map(drop)
+    })
+}
+
+#[test]
 fn no_room_for_the_journal() -> Result<()> {
     scene(Kind::Ext4, |hobble, volume| {
         let case = Refusal::new(hobble, volume)?;

@@ -72,6 +72,100 @@ fn a_wrong_update_changes_nothing() -> Result<()> {
     })
 }
 
+/// Opens `a-N` over and over while `go` is in force, keeps all of them and writes to each when told to.
+const OPENER: &str = r#"
+import json, os, sys, threading, time
+at, files, going = sys.argv[1], [], threading.Event()
+def work():
+    while True:
+        going.wait()
+        files.append(os.open(f"{at}/a-{len(files)}", os.O_RDWR | os.O_CREAT))
+        time.sleep(0.004)
+seen = os.open(f"{at}/b", os.O_RDWR | os.O_CREAT)
+threading.Thread(target=work, daemon=True).start()
+print(json.dumps({"ready": True, "pids": []}), flush=True)
+for line in sys.stdin:
+    answer = {"errors": []}
+    if line.strip() == "go":
+        going.set()
+    elif line.strip() == "halt":
+        going.clear()
+        time.sleep(0.05)
+    elif line.strip() == "write":
+        answer |= {"ok": 0, "failed": 0}
+        for file in files:
+            try:
+                os.pwrite(file, b"x", 0)
+                answer["ok"] += 1
+            except OSError:
+                answer["failed"] += 1
+    print(json.dumps(answer), flush=True)
+    if line.strip() == "quit":
+        break
+"#;
+
+#[test]
+fn an_update_that_fails_says_which_files_the_former_rules_do_not_see() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let mut command = std::process::Command::new("python3");
+        command.args(["-c", OPENER, text(volume.path())?]);
+        let mut target = Target::start_command(command)?;
+        let former = ["--fault", "errno=EIO op=write path=a-*"];
+        let injection = hobble.attach(target.pid(), volume.path(), &former)?;
+        let unseen = || -> Result<Vec<Value>> {
+            let shown = hobble.json(&["show"])?;
+            let listed = shown.get("not_covered").and_then(Value::as_array);
+            Ok(listed
+                .into_iter()
+                .flatten()
+                .filter(|item| item.to_string().contains("open file"))
+                .cloned()
+                .collect())
+        };
+        // Whoever is traced cannot be stopped by us, so no open file can be exchanged.
+        let tracer = Target::start(Program::Tracer, [target.pid().to_string()])?;
+        target.expect("go")?;
+        let said = hobble.output(["update", "--fault", "errno=EIO op=read path=b"])?;
+        let message = String::from_utf8_lossy(&said.stderr).into_owned();
+        ensure!(!said.status.success(), "{said:?}");
+        target.expect("halt")?;
+        ensure!(
+            message.contains("the former rules are in force except for"),
+            "{message}"
+        );
+        let told = unseen()?;
+        ensure!(told.len() == 1, "{told:?}");
+        let events = lines(&hobble.run(["events", injection.id()?, "--json"])?)?;
+        ensure!(
+            events
+                .iter()
+                .any(|event| event.get("event") == Some(&"not_covered".into())),
+            "{events:?}"
+        );
+        // No more than it said, and those for which the former rules could be kept are faulted.
+        let number_told: u64 = told
+            .first()
+            .and_then(|item| item.get("what")?.as_str()?.split(' ').next()?.parse().ok())
+            .context("no number of files")?;
+        let written = target.expect("write")?;
+        ensure!(
+            number(&written, "ok")? == number_told,
+            "{written}: {told:?}"
+        );
+        // Once it can be stopped, the next change of the rules opens them anew.
+        tracer.finish()?;
+        hobble.run(["update", former[0], former[1]])?;
+        let written = target.expect("write")?;
+        ensure!(
+            number(&written, "ok")? == 0 && number(&written, "failed")? > 0,
+            "{written}"
+        );
+        ensure!(unseen()?.is_empty(), "{:?}", unseen()?);
+        injection.recover()?;
+        target.finish().map(drop)
+    })
+}
+
 #[test]
 fn a_parked_operation_does_not_hold_up_an_update() -> Result<()> {
     scene(Kind::Ext4, |hobble, volume| {

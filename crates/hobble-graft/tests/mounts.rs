@@ -23,6 +23,7 @@ use hobble_graft::mounts::{
     clone_tree, remove_leftovers, sightings, submounts,
 };
 use hobble_graft::proc::mountinfo::{self, Mount, Propagation};
+use hobble_graft::stop::Deadline;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags};
@@ -367,36 +368,43 @@ fn what_lies_below_is_bound_through_the_hook() {
         UnixStream::connect(&socket).is_err(),
         "the hook's own file is no socket"
     );
-    covering.bind_through(Path::new("sock"), PATIENCE).unwrap();
-    covering.bind_through(Path::new("sub"), PATIENCE).unwrap();
+    let names = |names: &[&str]| names.iter().map(PathBuf::from).collect::<Vec<_>>();
+    let late = covering
+        .bind_through(names(&["sock", "sub"]), Deadline::after(Duration::ZERO))
+        .unwrap_err();
+    assert!(
+        matches!(late, MountsError::Late { .. } | MountsError::Timeout { .. }),
+        "{late:?}"
+    );
+    assert_eq!(
+        submounts(target.pid(), &location).unwrap(),
+        below,
+        "nothing is bound once the deadline has passed"
+    );
+    assert!(UnixStream::connect(&socket).is_err());
+    // Those that cannot be bound, for reasons of their own, keep no other from being bound.
+    let unbound = covering
+        .bind_through(
+            names(&["nothing", "sock", "../other", "sub"]),
+            Deadline::after(PATIENCE),
+        )
+        .unwrap();
     UnixStream::connect(&socket).unwrap();
     listener.accept().unwrap();
     assert_eq!(read(target.see(&volume.join("sub/deep"))), "deep\n");
-    let missing = covering
-        .bind_through(Path::new("nothing"), PATIENCE)
-        .unwrap_err();
-    assert!(
-        matches!(
-            missing,
-            MountsError::Step {
-                errno: Errno::NOENT,
-                ..
-            }
-        ),
-        "{missing:?}"
-    );
-    let escape = covering
-        .bind_through(Path::new("../other"), PATIENCE)
-        .unwrap_err();
-    assert!(
-        matches!(
-            escape,
-            MountsError::Step {
-                errno: Errno::XDEV,
-                ..
-            }
-        ),
-        "{escape:?}"
+    let why: Vec<_> = unbound
+        .iter()
+        .map(|(name, error)| match error {
+            MountsError::Step { errno, .. } => (name.as_path(), *errno),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(
+        why,
+        [
+            (Path::new("nothing"), Errno::NOENT),
+            (Path::new("../other"), Errno::XDEV)
+        ]
     );
 
     covering.remove(PATIENCE).unwrap();

@@ -9,6 +9,7 @@
 
 mod programs;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use hobble_graft::census::Census;
@@ -74,6 +75,19 @@ fn move_all(volume: &Volume, processes: &[ProcessId], side: Side) -> (Report, Du
         let mut steps: Vec<Step> = Vec::new();
         let report = switch.apply(&mut stopped, budget(), &mut steps, &mut NoHandover)?;
         assert!(!steps.is_empty() || report.descriptors == 0);
+        let mut raised = BTreeSet::new();
+        for step in &steps {
+            match step {
+                Step::RaiseLimit {
+                    pid, start_time, ..
+                } => assert!(raised.insert((*pid, *start_time)), "{steps:?}"),
+                Step::LimitPutBack { pid, start_time } => {
+                    assert!(raised.remove(&(*pid, *start_time)), "{steps:?}");
+                }
+                _ => {}
+            }
+        }
+        assert!(raised.is_empty(), "a limit stays raised: {steps:?}");
         Ok((report, stopped.release()))
     })
     .unwrap();

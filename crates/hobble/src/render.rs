@@ -39,6 +39,7 @@ pub(crate) fn event(event: &Event) -> Vec<Line> {
         EventKind::Updated(rules) => vec![Line::plain(in_force("updated", rules))],
         EventKind::Paused {} => vec![Line::plain("paused: no rule is in force")],
         EventKind::Resumed {} => vec![Line::plain("resumed")],
+        EventKind::NotCovered(uncovered) => self::uncovered(&uncovered.not_covered),
         EventKind::Recovering { why } => {
             vec![Line::plain(format!("recovering: {}", why.meaning()))]
         }
@@ -92,13 +93,19 @@ fn attached(attached: &Attached) -> Vec<Line> {
             .iter()
             .flat_map(|reason| reason_lines("degraded", reason)),
     );
-    lines.extend(
-        attached
-            .not_covered
-            .iter()
-            .map(|item| Line::Warning(format!("not covered: {}", not_covered(item)))),
-    );
+    lines.extend(attached.not_covered.iter().map(uncovered_line));
     lines
+}
+
+fn uncovered(items: &[NotCovered]) -> Vec<Line> {
+    if items.is_empty() {
+        return vec![Line::plain("covered: the rules see every open file again")];
+    }
+    items.iter().map(uncovered_line).collect()
+}
+
+fn uncovered_line(item: &NotCovered) -> Line {
+    Line::Warning(format!("not covered: {}", not_covered(item)))
 }
 
 fn not_covered(item: &NotCovered) -> String {

@@ -86,8 +86,8 @@ pub(crate) fn inherited(number: i32) -> std::os::fd::OwnedFd {
     unsafe { std::os::fd::FromRawFd::from_raw_fd(number) }
 }
 
-/// Sets the soft limit on descriptors of another process, its hard limit left alone.
-pub(crate) fn set_soft_descriptor_limit(pid: i32, soft: u64) -> io::Result<()> {
+/// Sets the soft limit on descriptors of another process to `to`, if it is `from`; its hard limit is left alone. Says whether it was.
+pub(crate) fn replace_soft_descriptor_limit(pid: i32, from: u64, to: u64) -> io::Result<bool> {
     let mut limit = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,
@@ -97,11 +97,14 @@ pub(crate) fn set_soft_descriptor_limit(pid: i32, soft: u64) -> io::Result<()> {
     if read != 0 {
         return Err(io::Error::last_os_error());
     }
-    limit.rlim_cur = soft.min(limit.rlim_max);
+    if limit.rlim_cur != from {
+        return Ok(false);
+    }
+    limit.rlim_cur = to.min(limit.rlim_max);
     // SAFETY: the kernel reads one rlimit; nothing is written.
     let set = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) };
     if set == 0 {
-        Ok(())
+        Ok(true)
     } else {
         Err(io::Error::last_os_error())
     }

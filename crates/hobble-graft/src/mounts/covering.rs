@@ -19,6 +19,7 @@ use super::volume::{Location, UniqueMountId, copy, look, open_scoped};
 use super::{MountsError, step};
 use crate::ids::{Device, MountId};
 use crate::proc::mountinfo::{Mount, Propagation};
+use crate::stop::Deadline;
 use crate::sys::mount as sys;
 
 /// `MOVE_MOUNT_SET_GROUP`.
@@ -177,36 +178,40 @@ impl Covering {
             .any(|m| m.id == self.mount && m.device == self.device))
     }
 
-    /// Binds `name`, a path relative to the volume, from below onto the same name in our mount: a mount that lay there with all below
+    /// Binds names, paths relative to the volume, from below onto the same names in our mount: a mount that lay there with all below
     /// it, or the socket, FIFO or device of that name, which would else be a stranger's (a unix socket seen through another
-    /// filesystem refuses to be connected to). **Walks through our mount**, so it must be served, by another thread.
+    /// filesystem refuses to be connected to). **Walks through our mount**, so it must be served, by another thread. Returns the names
+    /// that could not be bound, each with its own reason (`ENOENT` when there is no such name on either side).
     ///
     /// If we die, what was bound remains as long as our mount does, and goes with it.
     ///
     /// # Errors
-    /// `ENOENT` when there is no such name on either side; the step that failed otherwise.
-    pub fn bind_through(&self, name: &Path, timeout: Duration) -> Result<(), MountsError> {
+    /// [`MountsError::Late`] or [`MountsError::Timeout`] when the deadline passes, with some of the names bound: to be undone by
+    /// [`Covering::remove`]. A thread that is left behind then, waiting for whoever serves our mount, binds nothing any more: it looks
+    /// at the deadline before each name, and the kernel puts nothing onto a mount that is in no namespace (`EINVAL`).
+    pub fn bind_through(
+        &self,
+        names: Vec<PathBuf>,
+        deadline: Deadline,
+    ) -> Result<Vec<(PathBuf, MountsError)>, MountsError> {
+        if names.is_empty() {
+            return Ok(Vec::new());
+        }
         let clone = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(MountsError::Thread);
-        let (volume, top, name) = (
-            clone(self.volume.as_fd())?,
-            clone(self.top.as_fd())?,
-            name.to_owned(),
-        );
-        self.namespace.enter(timeout, move |_| {
-            let flags = OpenTreeFlags::OPEN_TREE_CLONE
-                | OpenTreeFlags::OPEN_TREE_CLOEXEC
-                | OpenTreeFlags::AT_SYMLINK_NOFOLLOW
-                | OpenTreeFlags::AT_RECURSIVE;
-            let below = rustix::mount::open_tree(&volume, &name, flags)
-                .map_err(step("copy what lies below the hook"))?;
-            let how =
-                ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-            let onto = open_scoped(top.as_fd(), &name, OFlags::NOFOLLOW, how)
-                .map_err(step("find a name on the hook"))?;
-            let flags =
-                MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-            rustix::mount::move_mount(below.as_fd(), "", onto.as_fd(), "", flags)
-                .map_err(step("bind a name onto the hook"))
+        let (volume, top) = (clone(self.volume.as_fd())?, clone(self.top.as_fd())?);
+        // One visit for all of them: a thread for each name would be most of the time.
+        self.namespace.enter(deadline.left(), move |_| {
+            let mut unbound = Vec::new();
+            let count = names.len();
+            for (done, name) in names.into_iter().enumerate() {
+                if deadline.passed() {
+                    return Err(MountsError::Late { left: count - done });
+                }
+                if let Err(error) = bind(volume.as_fd(), top.as_fd(), &name) {
+                    unbound.push((name, error));
+                }
+            }
+            Ok(unbound)
         })?
     }
 
@@ -295,6 +300,22 @@ impl Covering {
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// Binds a name of the volume onto the same name of the mount `top`. To be called inside the namespace of both.
+fn bind(volume: BorrowedFd<'_>, top: BorrowedFd<'_>, name: &Path) -> Result<(), MountsError> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_SYMLINK_NOFOLLOW
+        | OpenTreeFlags::AT_RECURSIVE;
+    let below = rustix::mount::open_tree(volume, name, flags)
+        .map_err(step("copy what lies below the hook"))?;
+    let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let onto =
+        open_scoped(top, name, OFlags::NOFOLLOW, how).map_err(step("find a name on the hook"))?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    rustix::mount::move_mount(below.as_fd(), "", onto.as_fd(), "", flags)
+        .map_err(step("bind a name onto the hook"))
 }
 
 fn find(mounts: &[Mount], id: MountId) -> Result<&Mount, MountsError> {

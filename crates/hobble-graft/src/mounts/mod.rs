@@ -73,6 +73,12 @@ pub enum MountsError {
         /// The time that was given.
         timeout: Duration,
     },
+    /// The deadline has passed before all names were bound.
+    #[error("no time left to bind {left} more names onto the hook")]
+    Late {
+        /// How many were not.
+        left: usize,
+    },
     /// The thread ended without an answer.
     #[error("the thread in a mount namespace has ended without an answer")]
     Lost,

@@ -31,6 +31,15 @@ enum Locks {
     Lost,
 }
 
+/// A soft limit on descriptors that was raised for the time of a job.
+#[derive(Clone, Copy, Debug)]
+struct Raised {
+    /// What it was.
+    soft: u64,
+    /// What it is now.
+    raised: u64,
+}
+
 /// Everything to be done by one thread.
 #[derive(Debug)]
 pub(super) struct Job<'a> {
@@ -144,23 +153,39 @@ impl<'a> Job<'a> {
             done?;
             Ok(closed?)
         })();
-        if let Some(limit) = old {
-            let pid = self.process.pid;
-            let put_back = sys::descriptor_limit(pid.as_raw(), Some(limit));
-            // A dead process needs no limit.
-            put_back.or_else(|errno| {
-                if errno == Errno::SRCH {
-                    Ok(limit)
-                } else {
-                    Err(SwitchError::Limit { pid, errno })
-                }
-            })?;
+        if let Some(raised) = old {
+            self.put_limit_back(raised, log)?;
         }
         result
     }
 
+    /// Puts a raised soft limit back, unless somebody else has set it meanwhile (prlimit(2) works on a stopped process too).
+    fn put_limit_back(&self, limit: Raised, log: &mut dyn StepLog) -> Result<(), SwitchError> {
+        let pid = self.process.pid;
+        let put_back = sys::descriptor_limit(pid.as_raw(), None).and_then(|(soft, hard)| {
+            if soft == limit.raised {
+                sys::descriptor_limit(pid.as_raw(), Some((limit.soft.min(hard), hard)))?;
+            }
+            Ok(())
+        });
+        match put_back {
+            // A dead process needs no limit.
+            Ok(()) | Err(Errno::SRCH) => {}
+            Err(errno) => return Err(SwitchError::Limit { pid, errno }),
+        }
+        let step = Step::LimitPutBack {
+            pid: pid.as_raw(),
+            start_time: self.process.start_time,
+        };
+        // It is done already. Without the record a recovery finds that the limit is not the raised one any more, and leaves it.
+        if let Err(error) = log.step(&step) {
+            tracing::warn!(%error, "that a limit was put back is not recorded");
+        }
+        Ok(())
+    }
+
     /// How many descriptors a message may have; raises the soft limit where there is no room, and gives the old one.
-    fn make_room(&self, log: &mut dyn StepLog) -> Result<(usize, Option<(u64, u64)>), SwitchError> {
+    fn make_room(&self, log: &mut dyn StepLog) -> Result<(usize, Option<Raised>), SwitchError> {
         let pid = self.process.pid;
         let limit = |new| {
             sys::descriptor_limit(pid.as_raw(), new).map_err(|errno| match errno {
@@ -195,18 +220,20 @@ impl<'a> Job<'a> {
                     log,
                     &Step::RaiseLimit {
                         pid: pid.as_raw(),
+                        start_time: self.process.start_time,
                         soft,
                         raised,
                     },
                 )?;
-                old = Some(limit(Some((raised, hard)))?);
+                limit(Some((raised, hard)))?;
+                old = Some(Raised { soft, raised });
                 now = raised;
             }
         }
         let message = room(now).min(wanted);
         if message == 0 || now < needed {
             if let Some(old) = old {
-                limit(Some(old))?;
+                self.put_limit_back(old, log)?;
             }
             return Err(SwitchError::TableFull { pid, used, hard });
         }

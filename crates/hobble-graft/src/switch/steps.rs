@@ -27,10 +27,20 @@ pub enum Step {
     RaiseLimit {
         /// The process.
         pid: i32,
+        /// Its start time, because this outlives the switch when we die in it.
+        start_time: u64,
         /// Its soft limit now.
         soft: u64,
         /// Its soft limit during the switch.
         raised: u64,
+    },
+    /// The soft limit on descriptors **has been** put back: what takes [`Step::RaiseLimit`] back must not be in the log before it is done, or a death in
+    /// between would leave the limit raised for good.
+    LimitPutBack {
+        /// The process.
+        pid: i32,
+        /// Its start time.
+        start_time: u64,
     },
     /// Descriptors of one table are exchanged.
     Descriptors {
@@ -67,7 +77,7 @@ pub enum Step {
 
 /// Where steps are written down before they are made.
 pub trait StepLog {
-    /// Takes note of a step. It is made only if this succeeds (steps back are made in any case).
+    /// Takes note of a step. It is made only if this succeeds (steps back are made in any case, and [`Step::LimitPutBack`] has been).
     ///
     /// # Errors
     /// Whatever keeps the log from holding the step; the switch is rolled back then.

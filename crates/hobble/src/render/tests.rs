@@ -1,5 +1,5 @@
 use super::*;
-use hobble_api::event::{Progress, Why};
+use hobble_api::event::{Progress, Uncovered, Why};
 use hobble_api::status::{AffectedProcess, Phase, Scope, TargetProcess};
 
 fn at(kind: EventKind) -> Event {
@@ -123,6 +123,20 @@ fn history_has_one_line_an_event() {
                 rules: vec![],
             }),
             "updated: no rules (seed 1)",
+        ),
+        (
+            EventKind::NotCovered(Uncovered {
+                not_covered: vec![NotCovered {
+                    what: "2 open files".into(),
+                    reason: "not exchanged".into(),
+                    pid: None,
+                }],
+            }),
+            "not covered: 2 open files: not exchanged",
+        ),
+        (
+            EventKind::NotCovered(Uncovered::default()),
+            "covered: the rules see every open file again",
         ),
         (
             EventKind::Recovering { why: Why::Deadline },
