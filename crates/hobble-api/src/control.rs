@@ -12,7 +12,8 @@ use serde_json::{Map, Value};
 
 use crate::VERSION;
 use crate::event::Event;
-use crate::status::Status;
+use crate::exit::ExitCode;
+use crate::status::{NotCovered, Status};
 
 /// Longest line accepted, newline excluded, in bytes.
 pub const MAX_LINE: usize = 1024 * 1024;
@@ -132,6 +133,11 @@ pub enum Answer {
         /// Names of the rules now in force.
         rules: Vec<String>,
     },
+    /// The target is native again.
+    Recovered {
+        /// What could not be put back, or stays on the hook until it is closed; empty in the normal case.
+        left: Vec<NotCovered>,
+    },
 }
 
 /// Why a request was not done.
@@ -142,6 +148,9 @@ pub struct Problem {
     /// What to do about it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
+    /// How the command that asked has to end; [`ExitCode::Failed`] where nothing is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit: Option<ExitCode>,
 }
 
 /// A line that is not a message.
@@ -325,6 +334,7 @@ mod tests {
             Response::Err(Problem {
                 cause: "no".into(),
                 hint: None,
+                exit: Some(ExitCode::NeedsRecovery),
             }),
             Response::Event(Box::new(Event::new(
                 Timestamp::UNIX_EPOCH,

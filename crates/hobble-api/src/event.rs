@@ -82,6 +82,8 @@ pub enum EventKind {
         /// What caused it.
         why: Why,
     },
+    /// An attempt to put everything back has failed: the target works through the hook, without faults, and it is tried again.
+    Retrying(Retrying),
     /// Everything has been put back but for what `left` names.
     Recovered(Recovered),
     /// An operation failed.
@@ -105,6 +107,7 @@ impl EventKind {
             EventKind::Resumed {} => "resumed",
             EventKind::NotCovered(_) => "not_covered",
             EventKind::Recovering { .. } => "recovering",
+            EventKind::Retrying(_) => "retrying",
             EventKind::Recovered(_) => "recovered",
             EventKind::Failed(_) => "failed",
             EventKind::Other(fields) => fields
@@ -213,6 +216,18 @@ impl Why {
     }
 }
 
+/// An attempt to put everything back has failed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Retrying {
+    /// The error and what caused it, outermost first, joined by `: `.
+    pub cause: String,
+    /// What to do about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+    /// When it is tried again, in milliseconds from now.
+    pub in_ms: u64,
+}
+
 /// Everything has been put back but for what `left` names.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Recovered {
@@ -291,6 +306,7 @@ impl Known {
             "preflight" => EventKind::Preflight(Deserialize::deserialize(value)?),
             "attaching" => EventKind::Attaching(Deserialize::deserialize(value)?),
             "attached" => EventKind::Attached(Deserialize::deserialize(value)?),
+            "retrying" => EventKind::Retrying(Deserialize::deserialize(value)?),
             "injecting" => EventKind::Injecting(Deserialize::deserialize(value)?),
             "updated" => EventKind::Updated(Deserialize::deserialize(value)?),
             "paused" => EventKind::Paused {},

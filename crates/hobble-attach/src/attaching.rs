@@ -16,7 +16,7 @@ use hobble_graft::proc::tree;
 use hobble_graft::stop::{Deadline, StopError, Stopped, Tracer};
 use hobble_graft::switch::{NotMoved, Report};
 
-use crate::engine::{Engine, Moved};
+use crate::engine::{Engine, Moved, called_off};
 use crate::error::{AttachError, Step};
 use crate::fault_point;
 use crate::hook::Hook;
@@ -320,6 +320,9 @@ impl Engine {
         self.record(&Record::Keeping { kept })?;
         self.progress("precopy", total, total);
         fault_point::pass("precopied");
+        if self.is_called_off() {
+            return Err(called_off());
+        }
 
         self.switch_in(tracer, target, volume, &mut census, &mut stand_ins, moved)?;
         self.chase(tracer, target, volume, census, stand_ins, moved)

@@ -8,7 +8,7 @@ use std::time::Duration;
 use hobble_api::control::{Answer, LineBuffer, Problem, Request, Response};
 use hobble_api::event::Event;
 use hobble_api::exit::ExitCode;
-use hobble_api::status::Status;
+use hobble_api::status::{NotCovered, Status};
 
 use crate::error::{AttachError, Step};
 use crate::state_dir::StateDir;
@@ -221,12 +221,15 @@ impl Client {
         self.ask(&Request::Resume {}).map(drop)
     }
 
-    /// Recovers; returns when the target is native again.
+    /// Recovers; returns when the target is native again, with what could not be put back.
     ///
     /// # Errors
     /// When recovery failed or was refused (`force` overrides what may be overridden).
-    pub fn recover(&mut self, force: bool) -> Result<(), AttachError> {
-        self.ask(&Request::Recover { force }).map(drop)
+    pub fn recover(&mut self, force: bool) -> Result<Vec<NotCovered>, AttachError> {
+        match self.ask(&Request::Recover { force })? {
+            Answer::Recovered { left } => Ok(left),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// Subscribes to the events from number `since` on; read them with [`Events::next`].
@@ -253,6 +256,11 @@ fn is_answered(stream: &UnixStream) -> bool {
 
 fn refused(problem: Problem) -> AttachError {
     let error = AttachError::new(Step::Control, problem.cause);
+    let error = match problem.exit {
+        Some(ExitCode::NeedsRecovery) => error.needing_recovery(),
+        Some(exit) => error.exiting(exit),
+        None => error,
+    };
     match problem.hint {
         Some(hint) => error.hinting(hint),
         None => error,

@@ -104,6 +104,7 @@ fn problem(cause: impl Into<String>, hint: Option<&str>) -> Response {
     Response::Err(Problem {
         cause: cause.into(),
         hint: hint.map(str::to_owned),
+        exit: None,
     })
 }
 

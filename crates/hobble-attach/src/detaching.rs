@@ -9,13 +9,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use hobble_api::status::NotCovered as NotCoveredStatus;
+use hobble_api::status::{NotCovered as NotCoveredStatus, Scope};
 use hobble_graft::census::{
     self, Census, DescriptionId, DescriptionLock, FsId, MappedFileId, TableId,
 };
 use hobble_graft::ids::ProcessId;
 use hobble_graft::proc::locks::{FileLock, LockClass, LockKind};
-use hobble_graft::stop::{Deadline, Tracer};
+use hobble_graft::stop::{Deadline, StopError, Tracer};
 use hobble_graft::switch::Switch;
 use hobble_mirror::adopt::HandleInfo;
 use hobble_mirror::locks::{self, LockHolder, LockRange, OwnerId};
@@ -34,19 +34,62 @@ use crate::sighting;
 
 /// Recovery may stop the target for longer than an attach: not to recover is worse.
 const LEAST_PAUSE: Duration = Duration::from_secs(2);
+/// The round from which on that is done: whoever was in a long call has had time to leave it.
+const PATIENT_FROM: u32 = 4;
 /// How often it is looked for what is still on the hook.
 const ROUNDS: u32 = 10;
 /// How long the kernel gets to let go of an unmounted filesystem that nobody is seen to hold.
 const LET_GO: Duration = Duration::from_secs(2);
 
+/// Processes that hold something of the hook without being targets, and cannot be stopped: traced by somebody else, 32-bit, asleep in the kernel. They must not keep
+/// the targets from being put back, and stay on the hook, which serves them plainly until they let go.
+#[derive(Default)]
+pub(crate) struct Bystanders {
+    left_out: BTreeMap<ProcessId, String>,
+}
+
+impl Bystanders {
+    /// Leaves out who stood in the way of a stop, unless it is a target.
+    pub(crate) fn leave_out(
+        &mut self,
+        error: &StopError,
+        processes: &[ProcessId],
+        is_target: impl Fn(ProcessId) -> bool,
+    ) {
+        let in_the_way = processes
+            .iter()
+            .find(|process| Some(process.pid) == error.pid());
+        if let Some(process) = in_the_way
+            && !matches!(error, StopError::Gone { .. })
+            && !is_target(*process)
+        {
+            self.left_out.insert(*process, chain(error));
+        }
+    }
+
+    pub(crate) fn contains(&self, process: &ProcessId) -> bool {
+        self.left_out.contains_key(process)
+    }
+
+    /// What is told of them.
+    pub(crate) fn into_left(self) -> impl Iterator<Item = NotCoveredStatus> {
+        self.left_out.into_iter().map(|(process, why)| NotCoveredStatus {
+            what: format!("what process {process} has of the hook"),
+            reason: format!("it is no target and could not be stopped ({why}): it is served without faults until it lets go"),
+            pid: u32::try_from(process.pid.as_raw()).ok(),
+        })
+    }
+}
+
 /// The processes that hold something of the hook, and what.
-fn holders(hook: &Hook) -> Result<(Vec<ProcessId>, Census), AttachError> {
+fn holders(hook: &Hook, bystanders: &Bystanders) -> Result<(Vec<ProcessId>, Census), AttachError> {
     let device = hook.device();
     let on_hook = move |facts: &census::FileFacts| facts.device == device;
     let failed = |error| {
         AttachError::new(Step::Census, "it cannot be found out who is on the hook").because(error)
     };
-    let all = sighting::holders(device);
+    let mut all = sighting::holders(device);
+    all.retain(|process| !bystanders.contains(process));
     let census = census::take(&all, &on_hook).map_err(failed)?;
     Ok((all, census))
 }
@@ -100,11 +143,12 @@ impl Engine {
         given: &mut GivenBack,
     ) -> Result<(), AttachError> {
         let mut immovable: Vec<NotCoveredStatus> = Vec::new();
+        let mut bystanders = Bystanders::default();
         for round in 0..ROUNDS {
             let Some(hook) = self.hook.as_ref() else {
                 return Err(no_hook());
             };
-            let (processes, mut census) = holders(hook)?;
+            let (processes, mut census) = holders(hook, &bystanders)?;
             // Asked for while the target runs: each costs round trips through the hook.
             let mut known = Known::default();
             known.learn(hook, &census)?;
@@ -119,6 +163,7 @@ impl Engine {
             if moves <= immovable.len() && !hook.is_placed() {
                 given.left = left(hook, &census, &stays);
                 given.left.append(&mut immovable);
+                given.left.extend(bystanders.into_left());
                 return Ok(());
             }
             if moves == 0 {
@@ -131,7 +176,12 @@ impl Engine {
             }) {
                 tracing::warn!(%error, "the journal does not tell of the stop");
             }
-            let budget = Duration::from_micros(self.config.max_pause_us).max(LEAST_PAUSE);
+            let budget = Duration::from_micros(self.config.max_pause_us);
+            let budget = if round < PATIENT_FROM {
+                budget
+            } else {
+                budget.max(LEAST_PAUSE)
+            };
             let deadline = Deadline::after(budget);
             let mut watch = StopWatch::start();
             let mut stopped = match tracer.stop_all(&processes, deadline) {
@@ -141,6 +191,8 @@ impl Engine {
                         error = chain(&error),
                         "not everybody could be stopped; trying again"
                     );
+                    let is_target = |process| self.is_target(process);
+                    bystanders.leave_out(&error, &processes, is_target);
                     // A pause between two tries: nothing announces that a thread could be stopped now.
                     std::thread::sleep(Duration::from_millis(20 * u64::from(round + 1)));
                     continue;
@@ -188,9 +240,6 @@ impl Engine {
                     given.pause = given.pause.max(released.stood_still);
                     unmounted?;
                     given.left = returns.stays;
-                    if returns.moves == 0 {
-                        return Ok(());
-                    }
                 }
                 Err(failed) => {
                     hook.stop_flushing(false);
@@ -221,7 +270,20 @@ impl Engine {
                 }
             }
         }
-        Ok(())
+        Err(AttachError::new(
+            Step::Recover,
+            "processes come to the hook faster than they can be taken off it",
+        ))
+    }
+
+    /// Whether a process is among those that the attachment is for.
+    pub(crate) fn is_target(&self, process: ProcessId) -> bool {
+        match self.config.scope {
+            Scope::Tree => self.targets.contains(process.pid.as_raw()),
+            Scope::Namespace => {
+                crate::attaching::namespace_of(self.config.pid).contains(&process.pid.as_raw())
+            }
+        }
     }
 
     fn unmount(&mut self) -> Result<(), AttachError> {

@@ -5,14 +5,14 @@
 //!
 //! This file is the order of things; how each is done is in `attaching`, `detaching` and `hook`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use hobble_api::Timestamp;
 use hobble_api::control::{Answer, Problem, Response};
-use hobble_api::event::{Attached, EventKind, Progress, Recovered, Rules, Why};
+use hobble_api::event::{Attached, EventKind, Progress, Recovered, Retrying, Rules, Why};
 use hobble_api::status::{NotCovered, Phase, Reason, RuleCounts, Scope};
 use hobble_graft::census::{FsId, SpaceId};
 use hobble_graft::ids::{Pid, ProcessId};
@@ -34,6 +34,10 @@ use crate::session::ServeConfig;
 
 /// How often the engine looks whether the target, its hook and its time are still there.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// When a recovery that failed is tried again; twice that after the second failure, and so on.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// The longest wait between two tries.
+const RETRY_AT_MOST: Duration = Duration::from_secs(30);
 
 /// The plan in force or, while paused, the one to go on with; counters are read from it.
 pub(crate) type PlanSlot = Arc<Mutex<Option<Arc<Plan>>>>;
@@ -62,6 +66,11 @@ pub(crate) struct Engine {
     pub(crate) unseen: Option<NotCovered>,
     /// A recovery has begun: rules stay off.
     ending: bool,
+    commands: Receiver<Command>,
+    /// Commands that came while something else was done, in order.
+    waiting: VecDeque<Command>,
+    /// Recoveries that have failed.
+    failures: u32,
 }
 
 /// What an attach moved.
@@ -85,16 +94,15 @@ pub(crate) struct GivenBack {
 }
 
 fn refuse(answer: &Sender<Response>, error: &AttachError) {
-    let chain = error.cause_chain();
-    let cause = if chain.is_empty() {
-        error.to_string()
-    } else {
-        format!("{error}: {chain}")
-    };
     let _ = answer.send(Response::Err(Problem {
-        cause,
+        cause: error.whole(),
         hint: error.hint().map(str::to_owned),
+        exit: Some(error.exit_code()),
     }));
+}
+
+fn recovered(answer: &Sender<Response>, left: Vec<NotCovered>) {
+    let _ = answer.send(Response::Ok(Answer::Recovered { left }));
 }
 
 fn done(answer: &Sender<Response>) {
@@ -137,6 +145,7 @@ impl Engine {
         journal: Journal,
         ledger: Ledger,
         board: Arc<Board>,
+        commands: Receiver<Command>,
     ) -> Self {
         let root = Pid::new(config.pid).map(|pid| ProcessId {
             pid,
@@ -165,6 +174,9 @@ impl Engine {
             moved_in: false,
             unseen: None,
             ending: false,
+            commands,
+            waiting: VecDeque::new(),
+            failures: 0,
         }
     }
 
@@ -194,7 +206,7 @@ impl Engine {
     }
 
     /// Attaches, serves commands until it has recovered, and tells the exit status for the holder.
-    pub(crate) fn live(&mut self, commands: &Receiver<Command>) -> i32 {
+    pub(crate) fn live(&mut self) -> i32 {
         if let Err(error) = crate::scope::follow(&self.targets) {
             tracing::warn!(%error, "process events are followed at operations only");
         }
@@ -202,11 +214,16 @@ impl Engine {
         if let Err(error) = self.attach().and_then(|()| self.begin()) {
             tracing::error!(%error, cause = error.cause_chain(), step = error.step().name(), "attaching failed");
             let error = self.undo_after_failure(error);
+            self.answer_the_waiting(&error);
             publish_failure(&self.board, &error);
             return failure_code(&error);
         }
         loop {
-            let command = match commands.recv_timeout(LOOK_EVERY) {
+            let next = match self.waiting.pop_front() {
+                Some(command) => Ok(command),
+                None => self.commands.recv_timeout(LOOK_EVERY),
+            };
+            let command = match next {
                 Ok(command) => Some(command),
                 Err(RecvTimeoutError::Timeout) => self.look(),
                 // Every sender has gone: only possible when the control thread died.
@@ -262,28 +279,76 @@ impl Engine {
                     }
                 },
                 Some(Command::Recover { why, force, answer }) => match self.recover(why, force) {
-                    Ok(()) => {
+                    Ok(left) => {
                         if let Some(answer) = answer {
-                            done(&answer);
+                            recovered(&answer, left);
                         }
-                        return self.linger(commands);
+                        return self.linger();
                     }
                     Err(error) => {
-                        tracing::error!(%error, cause = error.cause_chain(), "recovery failed; it will be tried again when asked for");
-                        publish_failure(&self.board, &error);
+                        // Without a connection nothing can be asked any more: the holder's successor goes by its descriptors.
+                        let is_lost = !error.rolled_back()
+                            || self.hook.as_ref().is_some_and(|hook| !hook.is_serving());
+                        // Whatever failed: the target is not native.
+                        let error = error.needing_recovery();
+                        self.retry(&error, is_lost);
                         if let Some(answer) = answer {
                             refuse(&answer, &error);
                         }
-                        // Without a connection nothing can be asked any more: the holder's successor goes by its descriptors.
-                        if !error.rolled_back()
-                            || self.hook.as_ref().is_some_and(|hook| !hook.is_serving())
-                        {
+                        if is_lost {
                             return NEEDS_RECOVERY;
                         }
-                        // Native it is not, so the deadline must not fire at once for ever: try again in a second.
-                        self.deadline = Some(Instant::now() + Duration::from_secs(1));
                     }
                 },
+            }
+        }
+    }
+
+    /// Tells that a recovery has failed, and when it is tried again: by us, or at once by the holder's successor.
+    fn retry(&mut self, error: &AttachError, by_successor: bool) {
+        self.failures += 1;
+        let wait = if by_successor {
+            Duration::ZERO
+        } else {
+            RETRY_AFTER
+                .saturating_mul(1 << (self.failures - 1).min(5))
+                .min(RETRY_AT_MOST)
+        };
+        tracing::error!(%error, cause = error.cause_chain(), ?wait, "recovery failed; it is tried again");
+        self.board.publish(EventKind::Retrying(Retrying {
+            cause: error.whole(),
+            hint: error.hint().map(str::to_owned),
+            in_ms: u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
+        }));
+        self.deadline = Some(Instant::now() + wait);
+    }
+
+    /// Whether somebody has asked for the end while the target was being attached: then it is not to be touched any further.
+    pub(crate) fn is_called_off(&mut self) -> bool {
+        self.waiting.extend(self.commands.try_iter());
+        self.waiting
+            .iter()
+            .any(|command| matches!(command, Command::Recover { .. }))
+    }
+
+    /// Attaching failed: who has asked for its end has got it, the rest is refused.
+    fn answer_the_waiting(&mut self, error: &AttachError) {
+        self.waiting.extend(self.commands.try_iter());
+        for command in self.waiting.drain(..) {
+            match command {
+                Command::Recover { answer, .. } if error.rolled_back() => {
+                    if let Some(answer) = answer {
+                        recovered(&answer, Vec::new());
+                    }
+                }
+                Command::Recover { answer, .. } => {
+                    if let Some(answer) = answer {
+                        refuse(&answer, error);
+                    }
+                }
+                Command::Update { answer, .. }
+                | Command::Pause { answer }
+                | Command::Resume { answer } => refuse(&answer, error),
             }
         }
     }
@@ -369,6 +434,9 @@ impl Engine {
 
     /// Attached and published: rules on, clock started.
     fn begin(&mut self) -> Result<(), AttachError> {
+        if self.is_called_off() {
+            return Err(called_off());
+        }
         fault_point::pass("injecting");
         let began = *self.began.get_or_insert_with(Instant::now);
         let plan = self
@@ -480,7 +548,7 @@ impl Engine {
         Ok(())
     }
 
-    fn recover(&mut self, why: Why, force: bool) -> Result<(), AttachError> {
+    fn recover(&mut self, why: Why, force: bool) -> Result<Vec<NotCovered>, AttachError> {
         self.ending = true;
         self.board.edit(|status| status.phase = Phase::Detaching);
         self.board.publish(EventKind::Recovering { why });
@@ -505,13 +573,13 @@ impl Engine {
         self.board.publish(EventKind::Recovered(Recovered {
             pause_us: u64::try_from(given.pause.as_micros()).unwrap_or(u64::MAX),
             rules: rule_counts(&self.plan),
-            left: given.left,
+            left: given.left.clone(),
         }));
-        Ok(())
+        Ok(given.left)
     }
 
     /// Serves plainly until the kernel has let go of the hook: descriptors that stay on it by design, or are in flight in a socket.
-    fn linger(&mut self, commands: &Receiver<Command>) -> i32 {
+    fn linger(&mut self) -> i32 {
         loop {
             if self
                 .hook
@@ -520,17 +588,21 @@ impl Engine {
             {
                 return DONE;
             }
-            // What is left is nobody's but its holder's; the only request that makes sense now is to force it.
-            match commands.try_recv() {
+            let next = match self.waiting.pop_front() {
+                Some(command) => Ok(command),
+                None => self.commands.try_recv(),
+            };
+            // What is left is nobody's but its holder's; the only request that makes sense now is to look again, or to force it.
+            match next {
                 Ok(Command::Recover { force, answer, .. }) => {
-                    let result = if force {
-                        self.detach(true).map(drop)
-                    } else {
-                        Ok(())
-                    };
+                    let result = self.detach(force);
+                    if let Ok(given) = &result {
+                        self.board
+                            .edit(|status| status.not_covered.clone_from(&given.left));
+                    }
                     match (answer, result) {
-                        (Some(answer), Ok(())) => done(&answer),
-                        (Some(answer), Err(error)) => refuse(&answer, &error),
+                        (Some(answer), Ok(given)) => recovered(&answer, given.left),
+                        (Some(answer), Err(error)) => refuse(&answer, &error.needing_recovery()),
                         (None, _) => {}
                     }
                 }
@@ -551,6 +623,15 @@ impl Engine {
             }
         }
     }
+}
+
+/// Somebody has asked for the end before the rules were in force.
+pub(crate) fn called_off() -> AttachError {
+    AttachError::new(
+        Step::Inject,
+        "called off before any rule was in force; the target is as it was",
+    )
+    .exiting(hobble_api::exit::ExitCode::RolledBack)
 }
 
 fn rule_counts(plan: &PlanSlot) -> Vec<RuleCounts> {

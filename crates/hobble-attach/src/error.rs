@@ -168,6 +168,16 @@ impl AttachError {
         self.rolled_back
     }
 
+    /// The message and what caused it, on one line.
+    pub(crate) fn whole(&self) -> String {
+        let chain = self.cause_chain();
+        if chain.is_empty() {
+            self.message.clone()
+        } else {
+            format!("{}: {chain}", self.message)
+        }
+    }
+
     /// The chain of causes below the message, outermost first, joined by `": "`.
     #[must_use]
     pub fn cause_chain(&self) -> String {

@@ -107,13 +107,23 @@ fn recover_one(
             .map(last_number)
             .unwrap_or(0);
         match client.recover(force) {
-            Ok(()) => {
+            Ok(left) => {
+                let mut is_told = false;
                 if let Ok(mut events) = Client::connect(id, &dir.socket())
                     .and_then(|client| client.events(false, Some(since)))
                 {
                     while let Ok(Some(event)) = events.next(Duration::from_secs(1)) {
+                        is_told |= matches!(event.kind, EventKind::Recovered(_));
                         each(&event);
                     }
+                }
+                if !is_told && !left.is_empty() {
+                    // It had recovered before, and this is what stayed.
+                    let kind = EventKind::Recovered(Recovered {
+                        left,
+                        ..Recovered::default()
+                    });
+                    each(&Event::new(Timestamp::now(), id, kind));
                 }
                 return Ok(());
             }

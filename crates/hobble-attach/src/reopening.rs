@@ -18,6 +18,7 @@ use hobble_mirror::adopt::HandleId;
 use hobble_rules::Plan;
 
 use crate::attaching::{Traced, no_hook, stop_failed, who};
+use crate::detaching::Bystanders;
 use crate::engine::Engine;
 use crate::error::{AttachError, Step};
 use crate::hook::Hook;
@@ -175,10 +176,13 @@ impl Engine {
 
     fn reopen(&mut self, wanted: &BTreeSet<u64>, step: Step) -> Result<(), AttachError> {
         let mut attempt = 1;
+        let mut bystanders = Bystanders::default();
         loop {
-            let result =
-                Tracer::scope(|tracer| self.reopen_once(tracer, wanted, step).map_err(Traced))
-                    .map_err(|Traced(error)| error);
+            let result = Tracer::scope(|tracer| {
+                self.reopen_once(tracer, wanted, step, &mut bystanders)
+                    .map_err(Traced)
+            })
+            .map_err(|Traced(error)| error);
             if let Some(hook) = self.hook.as_ref() {
                 hook.unquiesce();
             }
@@ -199,6 +203,7 @@ impl Engine {
         tracer: &Tracer,
         wanted: &BTreeSet<u64>,
         step: Step,
+        bystanders: &mut Bystanders,
     ) -> Result<(), AttachError> {
         let Some(hook) = self.hook.as_ref() else {
             return Err(no_hook());
@@ -208,7 +213,8 @@ impl Engine {
         let looked = |error| {
             AttachError::new(step, "it cannot be found out who is on the hook").because(error)
         };
-        let holders = sighting::holders(device);
+        let mut holders = sighting::holders(device);
+        holders.retain(|process| !bystanders.contains(process));
         let mut census = census::take(&holders, &on_hook).map_err(looked)?;
         if concerned(hook, &census, wanted).is_empty() {
             return Ok(());
@@ -220,9 +226,10 @@ impl Engine {
         }
         hook.quiesce();
         let deadline = Deadline::after(Duration::from_micros(self.config.max_pause_us));
-        let mut stopped = tracer
-            .stop_all(&holders, deadline)
-            .map_err(|error| stop_failed(step, error))?;
+        let mut stopped = tracer.stop_all(&holders, deadline).map_err(|error| {
+            bystanders.leave_out(&error, &holders, |process| self.is_target(process));
+            stop_failed(step, error)
+        })?;
         census
             .rescan(stopped.processes(), &on_hook)
             .map_err(looked)?;

@@ -110,7 +110,13 @@ pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32
     crate::fault_point::pass("journal-opened");
     let board = Arc::new(Board::new(first_status(&config, holder)));
     let (engine_in, commands) = mpsc::channel();
-    let mut engine = Engine::new(config.clone(), journal, ledger, Arc::clone(&board));
+    let mut engine = Engine::new(
+        config.clone(),
+        journal,
+        ledger,
+        Arc::clone(&board),
+        commands,
+    );
     let counters = engine.counters();
     let targets = engine.targets();
     let front = Front {
@@ -147,7 +153,7 @@ pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32
         return DONE;
     }
     drop(lifeline);
-    let code = engine.live(&commands);
+    let code = engine.live();
     board.close();
     let farewell = Instant::now() + FAREWELL;
     while control::is_listened_to() && Instant::now() < farewell {
@@ -167,15 +173,9 @@ pub(crate) use crate::hook::probe;
 /// Publishes the failure of an attachment.
 pub(crate) fn publish_failure(board: &Board, error: &AttachError) {
     board.edit(|status| status.phase = Phase::Failed);
-    let chain = error.cause_chain();
-    let cause = if chain.is_empty() {
-        error.to_string()
-    } else {
-        format!("{error}: {chain}")
-    };
     board.publish(EventKind::Failed(Failed {
         step: error.step().name().to_owned(),
-        cause,
+        cause: error.whole(),
         hint: error.hint().map(str::to_owned),
         rolled_back: error.rolled_back(),
         exit: Some(error.exit_code()),

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use hobble_api::event::Event;
@@ -130,17 +130,25 @@ pub fn inject(options: &InjectOptions) -> Result<Session, AttachError> {
         max_pause_us: u64::try_from(options.max_pause.as_micros()).unwrap_or(u64::MAX),
         detach: options.detach,
     };
-    start(options, &dir, &config).inspect_err(|_| {
-        // Nothing of the server is left when it did not come up; its log is kept if it is.
+    let ready = start(options, &dir, &config).inspect_err(|_| {
+        // Nothing of the server is left when it did not come up.
         let _ = dir.remove();
-    })
+    })?;
+    // From here on the directory is the server's: without it nobody could ask it anything.
+    join(ready, &dir, &config)
+}
+
+/// A holder whose server is ready.
+struct Ready {
+    holder: Child,
+    lifeline: UnixStream,
 }
 
 fn start(
     options: &InjectOptions,
     dir: &AttachmentDir,
     config: &ServeConfig,
-) -> Result<Session, AttachError> {
+) -> Result<Ready, AttachError> {
     let spawn = |what: &str| {
         let what = what.to_owned();
         move |error: std::io::Error| AttachError::io(Step::Spawn, what, error)
@@ -205,17 +213,39 @@ fn start(
             format!("the server did not come up: {cause}"),
         ));
     }
-    // The holder leads a session of its own and is nobody's to wait for; a thread reaps it should this process live on.
-    std::thread::Builder::new()
-        .name("hobble-reap".into())
-        .spawn(move || child.wait())
-        .map_err(spawn("start the reaper of the holder"))?;
-    let events = Client::connect(&config.id, &dir.socket())?.events(true, None)?;
+    Ok(Ready {
+        holder: child,
+        lifeline: ours,
+    })
+}
+
+/// Listens to a server that is ready. Without `--detach` it recovers when this fails, because its lifeline ends.
+fn join(ready: Ready, dir: &AttachmentDir, config: &ServeConfig) -> Result<Session, AttachError> {
+    let Ready {
+        mut holder,
+        lifeline,
+    } = ready;
+    // The holder leads a session of its own and is nobody's to wait for; a thread reaps it should this process live on. Where no thread can be had, init does
+    // once this process has ended.
+    let reaper = std::thread::Builder::new().name("hobble-reap".into());
+    if let Err(error) = reaper.spawn(move || holder.wait()) {
+        tracing::debug!(%error, "nobody reaps the holder");
+    }
+    let events = Client::connect(&config.id, &dir.socket())
+        .and_then(|client| client.events(true, None))
+        .map_err(|error| {
+            error
+                .hinting(format!(
+                    "`hobble recover {}` takes back what it does",
+                    config.id
+                ))
+                .needing_recovery()
+        })?;
     Ok(Session {
         id: config.id.clone(),
         socket: dir.socket(),
         events,
-        lifeline: (!config.detach).then_some(ours),
+        lifeline: (!config.detach).then_some(lifeline),
     })
 }
 
@@ -245,7 +275,9 @@ impl Session {
     /// # Errors
     /// When the server is gone or refuses; it need not be called twice.
     pub fn recover(&self, force: bool) -> Result<(), AttachError> {
-        Client::connect(&self.id, &self.socket)?.recover(force)
+        Client::connect(&self.id, &self.socket)?
+            .recover(force)
+            .map(drop)
     }
 
     /// A connection for other requests.

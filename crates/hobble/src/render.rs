@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use hobble_api::Timestamp;
-use hobble_api::event::{Attached, Event, EventKind, Failed, Recovered, Rules};
+use hobble_api::event::{Attached, Event, EventKind, Failed, Recovered, Retrying, Rules};
 use hobble_api::status::{NotCovered, Preflight, Reason, RuleCounts, Status, Verdict};
 
 use crate::out::{Table, count, human_duration, printable};
@@ -43,6 +43,7 @@ pub(crate) fn event(event: &Event) -> Vec<Line> {
         EventKind::Recovering { why } => {
             vec![Line::plain(format!("recovering: {}", why.meaning()))]
         }
+        EventKind::Retrying(retrying) => self::retrying(retrying),
         EventKind::Recovered(recovered) => self::recovered(recovered),
         EventKind::Failed(failed) => self::failed(failed),
         other => vec![Line::plain(format!(
@@ -50,6 +51,23 @@ pub(crate) fn event(event: &Event) -> Vec<Line> {
             printable(other.name())
         ))],
     }
+}
+
+fn retrying(retrying: &Retrying) -> Vec<Line> {
+    let when = if retrying.in_ms == 0 {
+        "by the holder, at once".to_owned()
+    } else {
+        format!(
+            "in {}",
+            human_duration(Duration::from_millis(retrying.in_ms))
+        )
+    };
+    let mut lines = vec![Line::Warning(format!(
+        "not everything could be put back; it is tried again {when}: {}",
+        printable(&retrying.cause)
+    ))];
+    lines.extend(retrying.hint.iter().map(|hint| Line::Hint(printable(hint))));
+    lines
 }
 
 fn preflight_warnings(preflight: &Preflight) -> Vec<Line> {

@@ -134,6 +134,23 @@ pub enum StopError {
     },
 }
 
+impl StopError {
+    /// The process that stands in the way, where it is one.
+    pub fn pid(&self) -> Option<Pid> {
+        match self {
+            Self::Gone { pid }
+            | Self::Traced { pid, .. }
+            | Self::KernelThread { pid }
+            | Self::Own { pid }
+            | Self::Foreign { pid, .. }
+            | Self::Refused { pid, .. }
+            | Self::Unstoppable { pid, .. }
+            | Self::Inspect { pid, .. } => Some(*pid),
+            Self::List { .. } | Self::Thread { .. } => None,
+        }
+    }
+}
+
 /// What a thread does that keeps it from stopping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]

@@ -48,6 +48,7 @@ pub(crate) fn run(intent: &intent::Inject, out: &mut Out) -> Outcome<()> {
         busy: Some("attaching"),
         why: None,
         injecting: false,
+        retried: false,
         watch: None,
         told: BTreeSet::new(),
     };
@@ -92,6 +93,8 @@ struct Foreground<'a> {
     busy: Option<&'static str>,
     why: Option<Why>,
     injecting: bool,
+    /// An attempt to put everything back has failed.
+    retried: bool,
     watch: Option<Watch>,
     /// Codes of what has been told to be degraded.
     told: BTreeSet<String>,
@@ -111,6 +114,11 @@ impl Foreground<'_> {
             self.look_at_answer(out);
             let event = match self.session.next_event(LOOK) {
                 Ok(Some(event)) => event,
+                // The server could not put everything back: its holder's successor is at it.
+                Ok(None) if self.session.ended() && self.retried => {
+                    let error = AttachError::new(Step::Recover, "the server could not recover");
+                    return Err(self.lost(error, out));
+                }
                 Ok(None) if self.session.ended() => return Err(self.ended_without_a_word()),
                 Ok(None) if self.watch.as_ref().is_some_and(Watch::server_is_dead) => {
                     return Err(self.lost(AttachError::new(Step::Control, "the server died"), out));
@@ -146,6 +154,12 @@ impl Foreground<'_> {
                 EventKind::Recovering { why } => {
                     self.why = Some(why);
                     self.busy = Some("recovering");
+                }
+                EventKind::Retrying(_) => {
+                    self.retried = true;
+                    self.asked = None;
+                    // The next signal asks at once.
+                    self.why = None;
                 }
                 EventKind::Recovered(recovered) => return self.recovered(&recovered),
                 EventKind::Failed(failed) => {
@@ -196,7 +210,7 @@ impl Foreground<'_> {
             .name("recover".to_owned())
             .spawn(move || {
                 // Nobody listens any more when the events told the end first.
-                let _ = sender.send(client.and_then(|mut client| client.recover(false)));
+                let _ = sender.send(client.and_then(|mut client| client.recover(false).map(drop)));
             })
             .map_err(|error| {
                 Fail::failed(error)
@@ -210,6 +224,8 @@ impl Foreground<'_> {
     fn look_at_answer(&mut self, out: &mut Out) {
         let Some(asked) = &self.asked else { return };
         match asked.try_recv() {
+            // A recovery that failed is told by its event.
+            Ok(Err(error)) if error.exit_code() == ExitCode::NeedsRecovery => self.asked = None,
             Ok(Err(error)) if !self.session.ended() => {
                 Fail::from(error)
                     .hint(format!(
