@@ -252,6 +252,7 @@ impl Engine {
             volume,
             &self.config.id,
             std::sync::Arc::clone(&self.targets),
+            std::sync::Arc::clone(&self.ledger),
         )?;
         self.record(&Record::Attachment {
             target: who(target),

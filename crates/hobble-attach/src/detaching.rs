@@ -25,7 +25,7 @@ use crate::engine::{Engine, GivenBack};
 use crate::error::{AttachError, Step};
 use crate::fault_point;
 use crate::hook::Hook;
-use crate::journal::Record;
+use crate::journal::{PosixLock, Record};
 use crate::journaling::Steps;
 use crate::ledger;
 use crate::lock_keeper::{Outwards, must_stay};
@@ -100,6 +100,8 @@ struct Returns<'c> {
     owners: BTreeMap<(TableId, DescriptionId), OwnerId>,
     given: Vec<HandleInfo>,
     positions: BTreeMap<i32, ledger::Entry>,
+    /// Locks that are about to be handed over, for the journal.
+    posix: Vec<PosixLock>,
     stays: Vec<NotCoveredStatus>,
     moves: usize,
 }
@@ -210,10 +212,14 @@ impl Engine {
                 })?;
             watch.lap("census");
             known.learn(hook, &census)?;
-            let returns = returns(hook, &census, &known, force)?;
+            let mut returns = returns(hook, &census, &known, force)?;
             hook.stop_flushing(returns.stays.is_empty());
             watch.lap("originals");
             let mut keeper = Outwards::new(hook, &returns.owners);
+            let posix = std::mem::take(&mut returns.posix);
+            if let Err(error) = self.journal.append(&Record::Locks { posix }) {
+                tracing::warn!(%error, "the journal does not tell of the locks");
+            }
             let applied = returns.switch.apply(
                 &mut stopped,
                 deadline,
@@ -249,6 +255,11 @@ impl Engine {
                         }
                     }
                     drop(stopped);
+                    if failed.rolled_back
+                        && let Err(error) = self.journal.append(&Record::Attached)
+                    {
+                        tracing::warn!(%error, "the journal does not tell that everything is on the hook again");
+                    }
                     let error = AttachError::new(
                         Step::Recover,
                         "the target's files could not be given back",
@@ -408,6 +419,7 @@ fn returns<'c>(
         owners: BTreeMap::new(),
         given: Vec::new(),
         positions: BTreeMap::new(),
+        posix: Vec::new(),
         stays: left(hook, census, &stays),
         moves: 0,
     };
@@ -434,6 +446,14 @@ fn returns<'c>(
         let owners = &mut returns.owners;
         let locks = posix_locks(census, description, info, &held, owners, &mut found);
         if !locks.is_empty() {
+            let stat = rustix::fs::fstat(&original)
+                .map_err(|errno| failed(&description.facts.path)(std::io::Error::from(errno)))?;
+            returns.posix.extend(crate::lock_keeper::for_journal(
+                census,
+                &locks,
+                stat.st_dev,
+                stat.st_ino,
+            ));
             returns.switch.locks(description.id, locks);
         }
         if let Some(number) = info.adopted.and_then(|id| mirror.original_number(id)) {

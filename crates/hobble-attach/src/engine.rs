@@ -46,7 +46,7 @@ pub(crate) type PlanSlot = Arc<Mutex<Option<Arc<Plan>>>>;
 pub(crate) struct Engine {
     pub(crate) config: ServeConfig,
     pub(crate) journal: Journal,
-    pub(crate) ledger: Ledger,
+    pub(crate) ledger: Arc<Ledger>,
     pub(crate) board: Arc<Board>,
     pub(crate) targets: Arc<TargetSet>,
     pub(crate) hook: Option<Hook>,
@@ -160,7 +160,7 @@ impl Engine {
         Self {
             config,
             journal,
-            ledger,
+            ledger: Arc::new(ledger),
             board,
             targets,
             hook: None,

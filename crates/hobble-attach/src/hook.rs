@@ -4,6 +4,7 @@
 //! [`Hook::arm`] and nobody after [`Hook::disarm`]; what is kept of the target stays open as long as the hook lives. If we die, mount and connection stay with the
 //! holder's descriptors.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use hobble_mirror::{Caching, CallerFacts, Callers, Config, Everybody, Mirror, Pl
 use hobble_rules::Plan;
 
 use crate::error::{AttachError, Step};
+use crate::ledger::{Entry, Ledger};
 use crate::scope::TargetSet;
 use crate::volume::{self, Volume};
 use hobble_graft::mounts::{Covering, MountsError, PropagationRecord};
@@ -36,6 +38,7 @@ const SETTLE: Duration = Duration::from_millis(200);
 struct Audience {
     targets: Arc<TargetSet>,
     armed: Arc<AtomicBool>,
+    ledger: Arc<Ledger>,
 }
 
 impl Callers for Audience {
@@ -48,6 +51,13 @@ impl Callers for Audience {
 
     fn facts(&self, tid: Tid) -> CallerFacts {
         Everybody.facts(tid)
+    }
+
+    fn holds_locks_on(&self, file: BorrowedFd<'_>, pid: u32) {
+        let entry = BTreeMap::from([(file.as_raw_fd(), Entry::Locks { pid })]);
+        if let Err(error) = self.ledger.write(&entry) {
+            tracing::warn!(%error, pid, "should the server die, a lock of this process is lost");
+        }
     }
 }
 
@@ -137,6 +147,7 @@ impl Hook {
         volume: &Volume,
         id: &str,
         targets: Arc<TargetSet>,
+        ledger: Arc<Ledger>,
     ) -> Result<Self, AttachError> {
         let failed = |what: &str| {
             let what = what.to_owned();
@@ -156,6 +167,7 @@ impl Hook {
         let audience = Audience {
             targets,
             armed: Arc::clone(&armed),
+            ledger,
         };
         let config = Config {
             root: volume.clone_tree()?,

@@ -16,8 +16,10 @@
 
 mod attaching;
 mod board;
+mod claim;
 mod client;
 mod control;
+mod crash_locks;
 mod detaching;
 mod doctor;
 mod engine;

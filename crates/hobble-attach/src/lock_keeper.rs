@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use hobble_graft::census::{Census, DescriptionId, TableId};
+use hobble_graft::census::{Census, DescriptionId, DescriptionLock, TableId};
 use hobble_graft::proc::locks::LockKind;
 use hobble_graft::switch::{LockHandover, MovedLock, Way};
 use hobble_mirror::adopt::{AdoptedId, HandleId, HandleInfo};
@@ -51,28 +51,9 @@ impl<'a> Inwards<'a> {
     pub(crate) fn posix(census: &Census) -> Vec<PosixLock> {
         let mut locks = Vec::new();
         for description in census.descriptions() {
-            for held in &description.locks {
-                let Some(table) = held.table else { continue };
-                let member = census
-                    .tables()
-                    .iter()
-                    .find(|known| known.id == table)
-                    .and_then(|known| known.members.first());
-                let process = member.and_then(|member| {
-                    census
-                        .processes()
-                        .iter()
-                        .find(|process| process.id.pid == member.pid)
-                });
-                let Some(process) = process else { continue };
-                let lock = PosixLock {
-                    who: crate::attaching::who(process.id),
-                    dev: description.facts.device.raw(),
-                    ino: description.facts.inode,
-                    write: held.lock.kind == LockKind::Write,
-                    start_byte: held.lock.start,
-                    end_byte: held.lock.end.unwrap_or(u64::MAX),
-                };
+            let facts = &description.facts;
+            let held = for_journal(census, &description.locks, facts.device.raw(), facts.inode);
+            for lock in held {
                 // The kernel shows a POSIX lock with every descriptor of the file.
                 if !locks.contains(&lock) {
                     locks.push(lock);
@@ -191,6 +172,39 @@ impl LockHandover for Inwards<'_> {
         }
         Ok(())
     }
+}
+
+/// POSIX locks on one file, as the journal names them.
+pub(crate) fn for_journal(
+    census: &Census,
+    locks: &[DescriptionLock],
+    dev: u64,
+    ino: u64,
+) -> Vec<PosixLock> {
+    locks
+        .iter()
+        .filter_map(|held| {
+            let table = held.table?;
+            let tables = census.tables();
+            let member = tables
+                .iter()
+                .find(|known| known.id == table)?
+                .members
+                .first()?;
+            let process = census
+                .processes()
+                .iter()
+                .find(|process| process.id.pid == member.pid)?;
+            Some(PosixLock {
+                who: crate::attaching::who(process.id),
+                dev,
+                ino,
+                write: held.lock.kind == LockKind::Write,
+                start_byte: held.lock.start,
+                end_byte: held.lock.end.unwrap_or(u64::MAX),
+            })
+        })
+        .collect()
 }
 
 /// The way out: from the server's locks to the target's own.

@@ -10,6 +10,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use hobble_graft::census::{Access, Census, Description, FileFacts};
+use hobble_graft::proc::fdinfo;
+use hobble_graft::proc::locks::{FileLock, LockClass};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 
@@ -24,6 +26,7 @@ pub(crate) struct Originals {
     holder: Option<OwnedFd>,
     /// The holder's descriptors of files on the volume's device, by inode.
     held: BTreeMap<u64, Vec<HeldFile>>,
+    taken: Vec<TakenLocks>,
     ledger: RefCell<BTreeMap<i32, Entry>>,
     kept: BTreeMap<(i32, u64, i32), i32>,
     root: Option<(OwnedFd, Vec<u8>)>,
@@ -35,6 +38,30 @@ struct HeldFile {
     number: i32,
     device: u64,
     flags: OFlags,
+}
+
+/// POSIX locks that the dead server held for a process.
+pub(crate) struct TakenLocks {
+    pub(crate) pid: i32,
+    /// Device and inode.
+    pub(crate) file: (u64, u64),
+    pub(crate) locks: Vec<FileLock>,
+}
+
+/// The locks that are held through one of the holder's descriptors.
+fn locks_through(holder: i32, number: i32) -> Vec<FileLock> {
+    let text = std::fs::read(format!("/proc/{holder}/fdinfo/{number}")).unwrap_or_default();
+    fdinfo::parse(&text).map_or_else(
+        |error| {
+            tracing::warn!(number, %error, "what is locked through a descriptor of the holder's is not understood");
+            Vec::new()
+        },
+        |info| {
+            let mut locks = info.locks;
+            locks.retain(|lock| lock.class == LockClass::Ofd);
+            locks
+        },
+    )
 }
 
 /// What stands behind an open file of the hook.
@@ -52,6 +79,7 @@ impl Originals {
         ledger: &BTreeMap<i32, Entry>,
     ) -> Result<Self, AttachError> {
         let mut holder_fd = None;
+        let mut taken = Vec::new();
         let mut held: BTreeMap<u64, Vec<HeldFile>> = BTreeMap::new();
         let root = story
             .target
@@ -118,6 +146,13 @@ impl Originals {
                 if stat.st_dev == story.hook_dev || !devices.contains(&stat.st_dev) {
                     continue;
                 }
+                if let Some(Entry::Locks { pid }) = ledger.get(&number) {
+                    taken.push(TakenLocks {
+                        pid: i32::try_from(*pid).unwrap_or(0),
+                        file: (stat.st_dev, stat.st_ino),
+                        locks: locks_through(holder.pid.as_raw(), number),
+                    });
+                }
                 held.entry(stat.st_ino).or_default().push(HeldFile {
                     number,
                     device: stat.st_dev,
@@ -138,6 +173,7 @@ impl Originals {
         Ok(Self {
             holder: holder_fd,
             held,
+            taken,
             ledger: RefCell::new(ledger.clone()),
             kept,
             root,
@@ -228,10 +264,15 @@ impl Originals {
             }
         }
         let kept: Vec<i32> = self.kept.values().copied().collect();
+        // Not one on which the server holds locks: it is nobody's file.
+        let is_for_locks =
+            |number: &i32| matches!(self.ledger.borrow().get(number), Some(Entry::Locks { .. }));
         let opened = same.iter().find(|held| {
             !kept.contains(&held.number)
                 && !self.used.borrow().contains(&held.number)
+                && !is_for_locks(&held.number)
                 && held.flags & (OFlags::ACCMODE | OFlags::PATH) == access
+                && held.flags & (OFlags::SYNC | OFlags::DSYNC) == synchronous
                 && description.flags.access() != Access::Path
         });
         if let Some(held) = opened {
@@ -294,6 +335,11 @@ impl Originals {
             return Err(lost("another file has its name now"));
         }
         Ok(found)
+    }
+
+    /// The POSIX locks that the dead server held for processes; `None` where the holder is dead too.
+    pub(crate) fn taken(&self) -> Option<&[TakenLocks]> {
+        self.holder.as_ref().map(|_| self.taken.as_slice())
     }
 
     /// Gives up the OFD locks that the dead server held for others.

@@ -7,30 +7,29 @@
 //! Length: both entries (the holder's successor and `hobble recover`) and the one way in which they undo.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use hobble_api::Timestamp;
 use hobble_api::event::{Event, EventKind, Recovered, Why};
-use hobble_api::exit::ExitCode;
 use hobble_api::status::NotCovered as NotCoveredStatus;
-use hobble_graft::census::{self, Census, Description, DescriptionLock, FileFacts, TableId};
+use hobble_graft::census::{self, FileFacts};
 use hobble_graft::ids::{Device, ProcessId};
-use hobble_graft::proc::locks::{FileLock, LockClass, LockKind};
 use hobble_graft::remote;
-use hobble_graft::stop::{Deadline, Tracer};
+use hobble_graft::stop::{Deadline, StopError, Tracer};
 use hobble_graft::switch::{NoHandover, Switch};
 use rustix::fs::OFlags;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
 
 use crate::attaching::{Traced, stop_failed, who};
+use crate::claim::{Claim, read_ledger, read_story};
 use crate::client::Client;
+use crate::crash_locks::CrashLocks;
 use crate::error::{AttachError, Step};
 use crate::holder::{DONE, NEEDS_RECOVERY};
-use crate::journal::{self, Journal, Record, Who};
+use crate::journal::{Journal, Record, Who};
 use crate::journaling::Steps;
-use crate::ledger::{self, Entry, Ledger};
+use crate::ledger::{Entry, Ledger};
 use crate::originals::Originals;
 use crate::preflight::chain;
 use crate::session::ServeConfig;
@@ -44,9 +43,8 @@ use crate::volume::{self};
 const PAUSE: Duration = Duration::from_secs(5);
 /// How often is looked for what is still on the hook.
 const ROUNDS: u32 = 10;
-/// How long somebody else's recovery is waited for.
-const OTHERS: Duration = Duration::from_secs(20);
-
+/// How often a process may stand in the way of a stop before the others are put back without it.
+const PATIENCE: u32 = 3;
 /// How long a killed server gets to end once nothing keeps it.
 const LAST_BREATH: Duration = Duration::from_secs(2);
 
@@ -154,38 +152,6 @@ fn attachment(state_dir: &Path, id: &str) -> Result<AttachmentDir, AttachError> 
 
 fn server_is_dead(dir: &AttachmentDir) -> bool {
     read_story(dir).is_ok_and(|story| story.is_none_or(|story| story.living_server().is_none()))
-}
-
-/// The journal's story; `None` when there is no journal: the server died before it touched anything.
-fn read_story(dir: &AttachmentDir) -> Result<Option<Story>, AttachError> {
-    let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
-        AttachError::new(
-            Step::Recover,
-            format!("the journal of `{}` cannot be trusted", dir.id()),
-        )
-        .because(error)
-        .hinting("docs/recovery.md says how to undo an attachment by hand; nothing was touched")
-        .exiting(ExitCode::NeedsRecovery)
-    };
-    // Without a record nothing was touched, unless the journal was: then the hook is there all the same, and must not be forgotten.
-    let untouched = || match volume::find_by_source(&crate::hook::source(dir.id())) {
-        None => Ok(None),
-        Some(_) => Err(failed(
-            "it holds no record, and yet the hook is mounted".into(),
-        )),
-    };
-    let file = match dir.open_own(&dir.journal(), OFlags::RDONLY) {
-        Ok(file) => file,
-        Err(error) if error.is_not_found() => return untouched(),
-        Err(error) => return Err(failed(error.into())),
-    };
-    let records = journal::read(file).map_err(|error| failed(error.into()))?;
-    if records.is_empty() {
-        return untouched();
-    }
-    Story::of(records, dir.id())
-        .map(Some)
-        .map_err(|error| failed(error.into()))
 }
 
 /// What the holder runs when the server has died: the same undoing, in a process that shares the holder's descriptors.
@@ -327,6 +293,7 @@ impl<'a> Undoing<'a> {
             ledger,
             left: Vec::new(),
             mounts: Vec::new(),
+            in_the_way: BTreeMap::new(),
             pause: Duration::ZERO,
         }
     }
@@ -336,6 +303,15 @@ impl<'a> Undoing<'a> {
         Tracer::scope(|tracer| self.run(tracer).map_err(Traced)).map_err(|Traced(error)| error)?;
         let mut left = self.left;
         left.append(&mut self.mounts);
+        let given_up = self
+            .in_the_way
+            .iter()
+            .filter(|(_, (times, _))| *times >= PATIENCE);
+        left.extend(given_up.map(|(process, (_, why))| NotCoveredStatus {
+            what: format!("what process {process} has of the hook"),
+            reason: format!("the process could not be stopped: {why}"),
+            pid: u32::try_from(process.pid.as_raw()).ok(),
+        }));
         if left.is_empty() || force {
             return Ok((left, self.pause));
         }
@@ -349,109 +325,6 @@ impl<'a> Undoing<'a> {
         )
         .hinting("--force leaves these to fail and ends the attachment")
         .needing_recovery())
-    }
-}
-
-/// The ledger; without it the undoing goes by the journal alone.
-fn read_ledger(dir: &AttachmentDir) -> BTreeMap<i32, Entry> {
-    let read = dir
-        .open_own(&dir.ledger(), OFlags::RDONLY)
-        .map_err(|error| error.to_string())
-        .and_then(|file| ledger::read(file).map_err(|error| error.to_string()));
-    read.unwrap_or_else(|error| {
-        tracing::warn!(error, "the ledger of descriptors cannot be read");
-        BTreeMap::new()
-    })
-}
-
-/// The right to undo an attachment: as long as it lasts nobody else does. Given up when dropped, or by dying.
-struct Claim {
-    story: Story,
-    journal: Journal,
-    me: journal::Who,
-}
-
-impl Claim {
-    /// Waits until nobody else is at it. `None` when nothing is left to undo: nothing ever was, or another has done it.
-    fn take(dir: &AttachmentDir) -> Result<Option<Self>, AttachError> {
-        let me = crate::server::who(rustix::process::getpid())?;
-        let mut until = Instant::now() + OTHERS;
-        let mut last = None;
-        // Written once: what counts is the place in the order of all records.
-        let mut journal: Option<Journal> = None;
-        let gave_up = |journal: &mut Option<Journal>| {
-            if let Some(journal) = journal {
-                let _ = journal.append(&Record::GaveUp(me));
-            }
-        };
-        loop {
-            let story = match read_story(dir) {
-                Ok(Some(story)) => story,
-                Ok(None) => return Ok(None),
-                Err(error) => {
-                    gave_up(&mut journal);
-                    return Err(error);
-                }
-            };
-            let other = story
-                .living_server()
-                .filter(|process| process.pid != hobble_graft::ids::Pid::own());
-            if other.is_some() && other != last {
-                // Each gets its time.
-                last = other;
-                until = Instant::now() + OTHERS;
-            }
-            match (other, &mut journal) {
-                (None, None) => {
-                    let Some(mut opened) = open_for_more(dir)? else {
-                        return Ok(None);
-                    };
-                    opened.append(&Record::Server(me)).map_err(|error| {
-                        AttachError::new(Step::Recover, "the journal cannot be written")
-                            .because(error)
-                    })?;
-                    // Who else has come is seen by reading again.
-                    journal = Some(opened);
-                }
-                (None, Some(_)) => {
-                    return Ok(journal.map(|journal| Self { story, journal, me }));
-                }
-                // The holder's successor, or another `hobble recover`, is at it.
-                (Some(_), _) if Instant::now() < until => {
-                    std::thread::sleep(Duration::from_millis(20))
-                }
-                (Some(process), _) => {
-                    gave_up(&mut journal);
-                    return Err(AttachError::new(
-                        Step::Recover,
-                        format!(
-                            "process {process} is still working on attachment `{}`",
-                            dir.id()
-                        ),
-                    )
-                    .hinting("look at its log, or end it"));
-                }
-            }
-        }
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        let _ = self.journal.append(&Record::GaveUp(self.me));
-    }
-}
-
-/// The journal, to be written on; `None` when another has ended the attachment meanwhile.
-fn open_for_more(dir: &AttachmentDir) -> Result<Option<Journal>, AttachError> {
-    match dir.open_own(&dir.journal(), OFlags::RDWR | OFlags::APPEND) {
-        Ok(file) => Journal::reopened(file).map(Some).map_err(|error| {
-            AttachError::new(Step::Recover, "the journal cannot be read").because(error)
-        }),
-        Err(error) if error.is_not_found() => Ok(None),
-        Err(error) => {
-            Err(AttachError::new(Step::Recover, "the journal cannot be opened").because(error))
-        }
     }
 }
 
@@ -484,6 +357,8 @@ struct Undoing<'a> {
     left: Vec<NotCoveredStatus>,
     /// Mounts of the hook that cannot be removed.
     mounts: Vec<NotCoveredStatus>,
+    /// Who could not be stopped, how often, and why not.
+    in_the_way: BTreeMap<ProcessId, (u32, String)>,
     pause: Duration,
 }
 
@@ -516,7 +391,9 @@ impl Undoing<'_> {
             self.unmount(device)?;
             let mut processes = sighting::holders(device);
             processes.retain(|process| {
-                Some(*process) != story.holder && !story.servers.contains(process)
+                Some(*process) != story.holder
+                    && !story.servers.contains(process)
+                    && !self.is_given_up(process)
             });
             if processes.is_empty() {
                 return Ok(());
@@ -532,7 +409,10 @@ impl Undoing<'_> {
                 Err(error) => return Err(error),
             }
         }
-        let still = sighting::holders(device).len();
+        let still = sighting::holders(device)
+            .iter()
+            .filter(|process| !self.is_given_up(process))
+            .count();
         if still > 0 {
             self.left.push(NotCoveredStatus {
                 what: format!("{still} processes"),
@@ -609,9 +489,13 @@ impl Undoing<'_> {
             processes: processes.iter().map(|process| who(*process)).collect(),
         });
         let deadline = Deadline::after(PAUSE);
-        let mut stopped = tracer
-            .stop_all(processes, deadline)
-            .map_err(|error| stop_failed(Step::Recover, error).needing_recovery())?;
+        let mut stopped = match tracer.stop_all(processes, deadline) {
+            Ok(stopped) => stopped,
+            Err(error) => {
+                self.note_in_the_way(&error, processes);
+                return Err(stop_failed(Step::Recover, error).needing_recovery());
+            }
+        };
         let census = census::take(stopped.processes(), &|facts| facts.device == device).map_err(
             |error| {
                 AttachError::new(Step::Recover, "the stopped target cannot be looked into")
@@ -620,6 +504,7 @@ impl Undoing<'_> {
             },
         )?;
         self.left.clear();
+        let locks = CrashLocks::new(self.story, originals.taken());
         let mut positions = BTreeMap::new();
         let mut switch = Switch::new(&census);
         switch.locks_are_gone();
@@ -627,7 +512,7 @@ impl Undoing<'_> {
         for description in census.descriptions() {
             match originals.of(description, &census) {
                 Ok(original) => {
-                    let locks = self.posix_locks(description, &census, &original.file);
+                    let locks = locks.of(description, &census, &original.file);
                     if !locks.is_empty() {
                         switch.locks(description.id, locks);
                     }
@@ -700,69 +585,30 @@ impl Undoing<'_> {
         Ok(moves > stuck)
     }
 
+    /// A process under another tracer, say, must not keep all others on a dead hook.
+    fn note_in_the_way(&mut self, error: &StopError, processes: &[ProcessId]) {
+        let in_the_way = processes
+            .iter()
+            .find(|process| Some(process.pid) == error.pid());
+        if let Some(process) = in_the_way {
+            let (times, why) = self.in_the_way.entry(*process).or_default();
+            *times += 1;
+            *why = chain(error);
+        }
+    }
+
+    fn is_given_up(&self, process: &ProcessId) -> bool {
+        self.in_the_way
+            .get(process)
+            .is_some_and(|(times, _)| *times >= PATIENCE)
+    }
+
     fn leave(&mut self, facts: &FileFacts, error: &std::io::Error) {
         self.left.push(NotCoveredStatus {
             what: facts.path.display().to_string(),
             reason: error.to_string(),
             pid: None,
         });
-    }
-
-    /// POSIX locks that the process had when it was attached.
-    fn posix_locks(
-        &self,
-        description: &Description,
-        census: &Census,
-        original: &OwnedFd,
-    ) -> Vec<DescriptionLock> {
-        let Ok(stat) = rustix::fs::fstat(original) else {
-            return Vec::new();
-        };
-        let mut locks = Vec::new();
-        for lock in self
-            .story
-            .posix
-            .iter()
-            .filter(|lock| lock.ino == stat.st_ino && lock.dev == stat.st_dev)
-        {
-            let table: Option<TableId> =
-                description
-                    .places
-                    .iter()
-                    .map(|place| place.table)
-                    .find(|table| {
-                        census
-                            .tables()
-                            .iter()
-                            .filter(|known| known.id == *table)
-                            .any(|known| {
-                                known.members.iter().any(|member| {
-                                    member.pid.as_raw() == lock.who.pid
-                                        && started(census, member.pid) == Some(lock.who.start)
-                                })
-                            })
-                    });
-            let Some(table) = table else { continue };
-            let kind = if lock.write {
-                LockKind::Write
-            } else {
-                LockKind::Read
-            };
-            let end = (lock.end_byte != u64::MAX).then_some(lock.end_byte);
-            let lock = FileLock {
-                class: LockClass::Posix,
-                kind,
-                pid: None,
-                inode: None,
-                start: lock.start_byte,
-                end,
-            };
-            locks.push(DescriptionLock {
-                lock,
-                table: Some(table),
-            });
-        }
-        locks
     }
 }
 
@@ -787,14 +633,6 @@ fn put_limits_back(limits: &[RaisedLimit]) -> Vec<Who> {
         }
     }
     done
-}
-
-fn started(census: &Census, pid: hobble_graft::ids::Pid) -> Option<u64> {
-    census
-        .processes()
-        .iter()
-        .find(|process| process.id.pid == pid)
-        .map(|process| process.id.start_time)
 }
 
 /// Whether the filesystem that has the hook's device number now is the hook. The kernel gives the number to the next filesystem without a disk as soon as the

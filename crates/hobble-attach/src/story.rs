@@ -27,6 +27,8 @@ pub(crate) struct Story {
     pub(crate) backing_dev: Option<u64>,
     pub(crate) kept: Vec<Kept>,
     pub(crate) posix: Vec<PosixLock>,
+    /// An exchange may have been cut off: a process's locks are what the journal says, not what the server was found to hold for it.
+    pub(crate) exchanging: bool,
     pub(crate) residues: Vec<Residue>,
     /// Soft limits that may be raised still, in the order in which they were raised. A process may be in it twice: a recovery that died raised what the
     /// server had left raised.
@@ -120,6 +122,7 @@ impl Story {
                         })
                     });
                     story.posix.extend(posix);
+                    story.exchanging = true;
                 }
                 Record::Placing(around) => story.placing = Some(around),
                 Record::Residue { who, what } => match serde_json::from_value::<Residue>(what) {
@@ -139,11 +142,9 @@ impl Story {
                         story.limits.remove(last);
                     }
                 }
+                Record::Attached => story.exchanging = false,
                 Record::Recovered { .. } => story.recovered = true,
-                Record::Stopping { .. }
-                | Record::Grafting
-                | Record::Attached
-                | Record::Recovering { .. } => {}
+                Record::Stopping { .. } | Record::Grafting | Record::Recovering { .. } => {}
             }
         }
         Ok(story)

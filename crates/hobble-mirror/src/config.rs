@@ -1,6 +1,6 @@
 //! What a mirror is told when it is made, and what it asks of the layer above.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use hobble_fuse::Tid;
@@ -63,13 +63,19 @@ pub struct CallerFacts {
     pub thread_comm: Option<Comm>,
 }
 
-/// What the mirror asks about callers. Both are called on threads that serve requests and should be quick.
+/// What the mirror asks about callers, and tells about them. Everything is called on threads that serve requests and should be quick.
 pub trait Callers: Send + Sync + 'static {
     /// Whether the rules are for this caller. Others' operations pass unmatched. `tid` 0: the kernel acts for nobody.
     fn in_scope(&self, tid: Tid) -> bool;
 
     /// Facts about a caller; asked only when a rule needs them.
     fn facts(&self, tid: Tid) -> CallerFacts;
+
+    /// From now on, and until it is closed, the server holds the byte-range locks that a process (thread group id) takes on some file on this description of the
+    /// backing file: what whoever undoes an attachment without its server needs to know to give them back. Called with the lock table locked.
+    fn holds_locks_on(&self, file: BorrowedFd<'_>, pid: u32) {
+        let _ = (file, pid);
+    }
 }
 
 /// Everybody is in scope; facts come from `/proc`.

@@ -83,7 +83,7 @@ impl Mirror {
             inner: Arc::new(Inner {
                 store,
                 handles: Handles::default(),
-                locks: Arc::default(),
+                locks: Arc::new(LockTable::new(Arc::clone(&callers))),
                 rules: Rules::default(),
                 doors: Doors::default(),
                 adopted: crate::adopt::Table::default(),

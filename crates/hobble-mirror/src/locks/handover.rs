@@ -212,6 +212,11 @@ impl Handover {
                 file: Arc::clone(&self.file),
                 access: self.access,
             };
+            if let Some(held) = before.first() {
+                self.table
+                    .callers
+                    .holds_locks_on(wider.file.as_fd(), held.pid);
+            }
             inode.files.insert(id.owner, wider);
         }
         self.joined = Some(Joined {

@@ -31,6 +31,7 @@ use std::sync::{Arc, Mutex};
 use hobble_fuse::{Errno, Fh, FileLock, NodeId, Reply, Unique};
 use rustix::fs::OFlags;
 
+use crate::config::Callers;
 use crate::lock::lock;
 use crate::sys::lock as ofd;
 use table::{Held, RangeTable};
@@ -52,9 +53,9 @@ pub(crate) struct Ask {
 }
 
 /// The locks of all open files.
-#[derive(Default)]
 pub(crate) struct LockTable {
     state: Mutex<State>,
+    callers: Arc<dyn Callers>,
 }
 
 #[derive(Default)]
@@ -144,6 +145,13 @@ const EVERYTHING: LockRange = LockRange {
 };
 
 impl LockTable {
+    pub(crate) fn new(callers: Arc<dyn Callers>) -> Self {
+        Self {
+            state: Mutex::default(),
+            callers,
+        }
+    }
+
     /// Remembers that an owner has locked a range of a file.
     pub(crate) fn saw(&self, node: NodeId, owner: hobble_fuse::LockOwner) {
         let mut state = lock(&self.state);
@@ -164,7 +172,12 @@ impl LockTable {
 
 impl InodeLocks {
     /// The description on which `ask.owner` holds its locks, opened or opened wider if need be.
-    fn description(&mut self, ask: &Ask, kind: LockKind) -> io::Result<Description> {
+    fn description(
+        &mut self,
+        ask: &Ask,
+        kind: LockKind,
+        callers: &dyn Callers,
+    ) -> io::Result<Description> {
         let present = self.files.get(&ask.owner);
         if let Some(present) = present.filter(|present| present.allows(kind)) {
             return Ok(present.clone());
@@ -192,14 +205,17 @@ impl InodeLocks {
         for held in self.table.of(ask.owner) {
             wider.set(Some(held.kind), held.range)?;
         }
+        callers.holds_locks_on(wider.file.as_fd(), ask.pid);
         self.files.insert(ask.owner, wider.clone());
         Ok(wider)
     }
 
     /// Takes or gives up a lock that no other client stands in the way of. `EAGAIN` when an outsider does.
-    fn apply(&mut self, ask: &Ask) -> io::Result<()> {
+    fn apply(&mut self, ask: &Ask, callers: &dyn Callers) -> io::Result<()> {
         match ask.kind {
-            Some(kind) => self.description(ask, kind)?.set(Some(kind), ask.range)?,
+            Some(kind) => self
+                .description(ask, kind, callers)?
+                .set(Some(kind), ask.range)?,
             None => {
                 if let Some(description) = self.files.get(&ask.owner) {
                     description.set(None, ask.range)?;
@@ -269,7 +285,7 @@ impl State {
     }
 
     /// A handle on which a graft registers locks: the owner that is now learnt holds them on the graft's description.
-    fn bind_window(&mut self, ask: &Ask) {
+    fn bind_window(&mut self, ask: &Ask, callers: &dyn Callers) {
         let window = self.windows.get(&ask.fh).and_then(|windows| {
             windows
                 .iter()
@@ -281,6 +297,7 @@ impl State {
                 file: Arc::clone(&window.file),
                 access: window.access,
             };
+            callers.holds_locks_on(description.file.as_fd(), ask.pid);
             self.inodes
                 .entry(ask.node)
                 .or_default()
@@ -324,13 +341,13 @@ impl LockTable {
         let mut answers = Answers::new();
         let result = {
             let mut state = lock(&self.state);
-            state.bind_window(ask);
+            state.bind_window(ask, &*self.callers);
             let inode = state.inodes.entry(ask.node).or_default();
             let result = match ask.kind {
                 Some(kind) if inode.table.conflict(ask.owner, kind, ask.range).is_some() => {
                     Err(Errno::AGAIN.into())
                 }
-                _ => inode.apply(ask),
+                _ => inode.apply(ask, &*self.callers),
             };
             // Giving up and sharing both may let others in.
             if result.is_ok() && ask.kind != Some(LockKind::Write) {
@@ -348,7 +365,7 @@ impl LockTable {
         let mut answers = Answers::new();
         {
             let mut state = lock(&self.state);
-            state.bind_window(&ask);
+            state.bind_window(&ask, &*self.callers);
             self.attempt(&mut state, ask, reply, &mut answers);
         }
         answer(answers);
@@ -374,7 +391,7 @@ impl LockTable {
             state.waiting.insert(unique, Waiting::Queued { ask, reply });
             return;
         }
-        match inode.apply(&ask) {
+        match inode.apply(&ask, &*self.callers) {
             Ok(()) => {
                 let node = ask.node;
                 answers.push((reply, Ok(())));
@@ -399,11 +416,12 @@ impl LockTable {
             return answers.push((reply, Ok(())));
         };
         let unique = reply.unique();
-        let described = state
-            .inodes
-            .entry(ask.node)
-            .or_default()
-            .description(&ask, kind);
+        let described =
+            state
+                .inodes
+                .entry(ask.node)
+                .or_default()
+                .description(&ask, kind, &*self.callers);
         let file = match described {
             Ok(description) => description.file,
             Err(error) => return answers.push((reply, Err(error))),
@@ -460,9 +478,12 @@ impl LockTable {
                 }) => match result {
                     Ok(()) => {
                         let inode = state.inodes.entry(ask.node).or_default();
-                        let current = inode.files.entry(ask.owner).or_insert_with(|| Description {
-                            file: Arc::clone(&file),
-                            access: OFlags::RDWR,
+                        let current = inode.files.entry(ask.owner).or_insert_with(|| {
+                            self.callers.holds_locks_on(file.as_fd(), ask.pid);
+                            Description {
+                                file: Arc::clone(&file),
+                                access: OFlags::RDWR,
+                            }
                         });
                         if Arc::ptr_eq(&current.file, &file) {
                             inode
@@ -514,7 +535,11 @@ impl LockTable {
             let Some(Waiting::Queued { ask, reply }) = state.waiting.remove(&unique) else {
                 continue;
             };
-            let applied = state.inodes.entry(node).or_default().apply(&ask);
+            let applied = state
+                .inodes
+                .entry(node)
+                .or_default()
+                .apply(&ask, &*self.callers);
             match applied {
                 Ok(()) => answers.push((reply, Ok(()))),
                 Err(error) if is_conflict(&error) => self.wait_outside(state, ask, reply, answers),
