@@ -9,7 +9,7 @@ use hobble_e2e::{assert_hooked, assert_same_descriptors, cycles, movable, scene}
 use hobble_testkit::hobble::{Hobble, STEP};
 use hobble_testkit::process;
 use hobble_testkit::program::Program;
-use hobble_testkit::target::{Target, text};
+use hobble_testkit::target::{Target, number, text};
 use hobble_testkit::volume::{Kind, Volume};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -213,6 +213,54 @@ fn locks_outlive_the_server() -> Result<()> {
             drop(injection);
             clean_up(&hobble)?;
             target.expect("check").context("after recovery")?;
+        }
+        outsider.finish()?;
+        target.finish().map(drop)
+    })
+}
+
+/// What one process holds of the ten bytes of `SPANS`, as another sees it.
+fn held_of(outsider: &mut Target, span: u64) -> Result<u64> {
+    number(&outsider.expect(&format!("held 1 {span} 10"))?, "sum")
+}
+
+#[test]
+fn locks_taken_and_given_up_while_attached_outlive_the_server() -> Result<()> {
+    scene(Kind::Ext4, |outer, volume| {
+        let hobble = Hobble::with_state_dir(&outer.scratch().path().join("crashing"))?;
+        let file = volume.path().join("file");
+        let open = format!("open 1 +c {}", text(&file)?);
+        let mut target = Target::start(Program::Ops, [""; 0])?;
+        let mut outsider = Target::start(Program::Ops, [""; 0])?;
+        target.expect(&open)?;
+        target.expect("write 1 16 4096")?;
+        outsider.expect(&open.replace("+c", "+"))?;
+        for _ in 0..cycles(3) {
+            target.expect("lock 1 w 0 10")?;
+            target.expect("lock 1 w 100 10")?;
+            let injection = hobble.attach(target.pid(), volume.path(), &["--no-rules"])?;
+            target.expect("lock 1 u 100 10")?;
+            target.expect("lock 1 w 200 10")?;
+            target.expect("lock 1 r 300 10")?;
+            kill_all(&hobble.servers());
+            drop(injection);
+            clean_up(&hobble)?;
+            assert_hooked(&target, volume.path(), false)?;
+            let seen: Vec<u64> = [0, 100, 200, 300]
+                .into_iter()
+                .map(|span| held_of(&mut outsider, span))
+                .collect::<Result<_>>()?;
+            ensure!(
+                seen == [2, 0, 2, 1],
+                "held at 0, 100, 200 and 300: {seen:?}"
+            );
+            for span in [0, 200, 300] {
+                target.expect(&format!("lock 1 u {span} 10"))?;
+                ensure!(
+                    held_of(&mut outsider, span)? == 0,
+                    "a lock at {span} cannot be given up"
+                );
+            }
         }
         outsider.finish()?;
         target.finish().map(drop)
