@@ -559,8 +559,17 @@ impl Engine {
         mut stand_ins: StandIns,
         moved: &mut Moved,
     ) -> Result<(), AttachError> {
-        for _ in 0..ROUNDS {
-            let list = processes(target, self.config.scope)?;
+        for round in 0..=ROUNDS {
+            let mut list = processes(target, self.config.scope)?;
+            // Those whose parents have gone meanwhile are no descendants any more, and targets all the same.
+            let orphans = self.targets.processes();
+            list.extend(
+                orphans
+                    .into_iter()
+                    .filter(|process| !is_own(process.pid) && process.is_alive().unwrap_or(false)),
+            );
+            list.sort_unstable();
+            list.dedup();
             census
                 .rescan(&list, &|facts| volume.holds(facts))
                 .map_err(|error| {
@@ -593,6 +602,15 @@ impl Engine {
             if native == 0 {
                 return Ok(());
             }
+            if round == ROUNDS {
+                tracing::warn!(native, "files of the volume keep appearing");
+                moved.not_covered.push(NotCoveredStatus {
+                    what: format!("{native} open files, mappings or directories"),
+                    reason: "they appeared faster than they could be moved".to_owned(),
+                    pid: None,
+                });
+                return Ok(());
+            }
             tracing::debug!(
                 native,
                 "opened natively while the hook was placed; moving that too"
@@ -611,15 +629,6 @@ impl Engine {
                 }
                 Err(error) => return Err(error),
             }
-        }
-        let left = census.descriptions().len();
-        if left > 0 {
-            tracing::warn!(left, "descriptors of the volume keep appearing");
-            moved.not_covered.push(NotCoveredStatus {
-                what: format!("{left} descriptors"),
-                reason: "they appeared faster than they could be moved".to_owned(),
-                pid: None,
-            });
         }
         Ok(())
     }
