@@ -75,15 +75,19 @@ fn kernel() -> Check {
         .release()
         .to_string_lossy()
         .into_owned();
-    match inspect::kernel_version() {
-        // pidfd_getfd and openat2 (5.6) are what cannot be done without; fsopen and move_mount came with 5.2.
-        Some(version) if version >= (5, 6) => ok("kernel", format!("Linux {release}")),
-        _ => check(
+    let lacking = match inspect::kernel_version() {
+        Some(version) => inspect::missing_features(version).join("; "),
+        None => "a version number that could be compared".to_owned(),
+    };
+    if lacking.is_empty() {
+        ok("kernel", format!("Linux {release}"))
+    } else {
+        check(
             "kernel",
             CheckOutcome::Fail,
-            format!("Linux {release} lacks pidfd_getfd and openat2"),
-            Some("Linux 5.6 or later is needed"),
-        ),
+            format!("Linux {release} lacks {lacking}"),
+            Some(inspect::NEEDED_VERSION),
+        )
     }
 }
 

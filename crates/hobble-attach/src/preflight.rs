@@ -12,6 +12,7 @@ use hobble_graft::census::{self, Census, NotCovered};
 use hobble_graft::ids::{Pid, ProcessId};
 use hobble_graft::proc::condition::{self, WordSize};
 use hobble_graft::proc::locks::LockClass;
+use hobble_graft::proc::mountinfo::Propagation;
 use hobble_graft::proc::status::Seccomp;
 
 use crate::error::{AttachError, Step};
@@ -122,6 +123,10 @@ pub(crate) fn survey(
                         reasons.degrade(code, text, hint)
                     }
                 });
+                if let Some(version) = inspect::kernel_version() {
+                    let around = found.propagation_around();
+                    propagation(version, around, &found.display(), &mut reasons);
+                }
                 volume = Some(found);
             }
             Err(error) => {
@@ -216,12 +221,8 @@ fn machine(reasons: &mut Reasons) {
             Some("run hobble as root"),
         );
     }
-    if inspect::kernel_version().is_some_and(|version| version < (5, 6)) {
-        reasons.refuse(
-            "kernel",
-            "the kernel lacks pidfd_getfd(2) and openat2(2)",
-            Some("Linux 5.6 or later is needed"),
-        );
+    if let Some(version) = inspect::kernel_version() {
+        kernel(version, reasons);
     }
     if !missing.is_empty() {
         return;
@@ -235,6 +236,41 @@ fn machine(reasons: &mut Reasons) {
         ),
         Err(error) => reasons.refuse("fuse", chain(&error), Some("`hobble doctor` tells more")),
     }
+}
+
+/// What a kernel of this version cannot do, whatever the target.
+fn kernel(version: inspect::Version, reasons: &mut Reasons) {
+    let lacking = inspect::missing_features(version);
+    if !lacking.is_empty() {
+        let text = format!("the kernel lacks {}", lacking.join("; "));
+        reasons.refuse("kernel", text, Some(inspect::NEEDED_VERSION));
+    } else if !inspect::tells_rseq(version) {
+        reasons.degrade(
+            "rseq",
+            "the kernel does not tell whether a thread is inside a restartable sequence (rseq(2)): a target that uses them, by its allocator for example, may be \
+             disturbed when it is stopped there",
+            Some("Linux 5.13 or later has PTRACE_GET_RSEQ_CONFIGURATION"),
+        );
+    }
+}
+
+/// What a kernel of this version cannot give back to the mount around the volume.
+fn propagation(
+    version: inspect::Version,
+    propagation: &Propagation,
+    volume: &str,
+    reasons: &mut Reasons,
+) {
+    if propagation.is_private() || inspect::gives_back_groups(version) {
+        return;
+    }
+    reasons.degrade(
+        "propagation",
+        format!(
+            "the mount around {volume} is shared with other namespaces and cannot be put back into its peer group: from recovery on, what is mounted in it does not show there any more"
+        ),
+        Some("Linux 5.15 or later has MOVE_MOUNT_SET_GROUP"),
+    );
 }
 
 /// The exit code of a refusal: that the target has gone matters more than what else is wrong.
@@ -496,4 +532,51 @@ fn plan(volume: &Volume, affected: &[AffectedProcess], scope: Scope) -> Vec<Stri
         ),
         "let the target go on, look for what was missed, turn the rules on".to_owned(),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn codes(reasons: &Reasons) -> (Vec<&str>, Vec<&str>) {
+        (
+            reasons
+                .refuse
+                .iter()
+                .map(|(r, _)| r.code.as_str())
+                .collect(),
+            reasons.degraded.iter().map(|r| r.code.as_str()).collect(),
+        )
+    }
+
+    #[test]
+    fn old_kernels_are_refused_or_degraded_by_what_they_lack() {
+        for (version, refused, degraded) in [
+            ((5, 7), vec!["kernel"], vec![]),
+            ((5, 11), vec!["kernel"], vec![]),
+            ((5, 12), vec![], vec!["rseq"]),
+            ((5, 13), vec![], vec![]),
+        ] {
+            let mut reasons = Reasons::default();
+            kernel(version, &mut reasons);
+            assert_eq!(codes(&reasons), (refused, degraded), "{version:?}");
+        }
+    }
+
+    #[test]
+    fn a_shared_mount_that_cannot_be_given_back_is_told() {
+        let shared = Propagation {
+            peer_group: Some(7),
+            ..Propagation::default()
+        };
+        for (version, around, degraded) in [
+            ((5, 14), shared, vec!["propagation"]),
+            ((5, 15), shared, vec![]),
+            ((5, 14), Propagation::default(), vec![]),
+        ] {
+            let mut reasons = Reasons::default();
+            propagation(version, &around, "/data", &mut reasons);
+            assert_eq!(codes(&reasons), (vec![], degraded), "{version:?}");
+        }
+    }
 }

@@ -15,6 +15,7 @@ use hobble_graft::ids::{Device, ProcessId};
 use hobble_graft::mounts::{
     self, Covering, Filesystem, Location, MountNamespace, MountsError, PropagationRecord,
 };
+use hobble_graft::proc::mountinfo::Propagation;
 use hobble_graft::proc::{mountinfo, tree};
 use rustix::mount::MountAttrFlags;
 
@@ -370,6 +371,11 @@ impl Volume {
         mounts::clone_tree(&self.inner.namespace, &self.inner.location, false, WITHIN).map_err(
             failed(Step::Serve, format!("copy the tree of {}", self.display())),
         )
+    }
+
+    /// How the mount around the volume propagated when the path was resolved.
+    pub(crate) fn propagation_around(&self) -> &Propagation {
+        &self.inner.info.propagation
     }
 
     /// What placing is going to change, for the journal.

@@ -240,7 +240,16 @@ fn a_kernel_that_is_too_old() -> Result<()> {
             .arg("inject")
             .args(case.with(&pid, &EIO));
         old.env("HOBBLE_STATE_DIR", hobble.state_dir());
-        case.refused_command(old, 1, &["pidfd_getfd"])?;
+        case.refused_command(
+            old,
+            1,
+            &[
+                "pidfd_getfd",
+                "STATX_MNT_ID",
+                "STATX_ATTR_MOUNT_ROOT",
+                "5.12",
+            ],
+        )?;
         case.finish()
     })
 }
