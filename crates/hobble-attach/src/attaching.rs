@@ -219,11 +219,13 @@ impl Engine {
         } else {
             Vec::new()
         };
+        let not_covered = preflight::not_covered(&survey.elsewhere);
         let mut census = Some(census);
         let mut attempt = 1;
         loop {
             let mut moved = Moved {
                 degraded: degraded.clone(),
+                not_covered: not_covered.clone(),
                 ..Moved::default()
             };
             match self.attach_once(target, &volume, census.take(), &mut moved) {

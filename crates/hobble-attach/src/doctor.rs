@@ -177,12 +177,8 @@ fn forks() -> Check {
             "children of a target are seen as they are made",
         )
     } else {
-        check(
-            "process events",
-            CheckOutcome::Warn,
-            "the process-event connector is not available: a child whose parents have gone before its first operation is missed in tree scope",
-            Some("run in the host's network namespace, or use --scope namespace"),
-        )
+        let (text, hint) = inspect::NO_PROCESS_EVENTS;
+        check("process events", CheckOutcome::Warn, text, Some(hint))
     }
 }
 

@@ -73,6 +73,12 @@ pub(crate) fn gives_back_groups(version: Version) -> bool {
     version >= (5, 15)
 }
 
+/// What is missed in `tree` scope where process events cannot be had (see `scope`), and the hint.
+pub(crate) const NO_PROCESS_EVENTS: (&str, &str) = (
+    "the process-event connector is not available: a child whose parents have gone before its first operation is missed in tree scope",
+    "run in the host's network namespace, or use --scope namespace",
+);
+
 /// The start time of a process, which together with its pid names it for ever.
 pub(crate) fn start_time(pid: i32) -> Result<u64, AttachError> {
     let no_such = || {

@@ -7,13 +7,16 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use hobble_api::exit::ExitCode;
-use hobble_api::status::{AffectedProcess, Preflight, Reason, Scope, Verdict};
+use hobble_api::status::{
+    AffectedProcess, NotCovered as NotCoveredStatus, Preflight, Reason, Scope, Verdict,
+};
 use hobble_graft::census::{self, Census, NotCovered};
 use hobble_graft::ids::{Pid, ProcessId};
 use hobble_graft::proc::condition::{self, WordSize};
 use hobble_graft::proc::locks::LockClass;
 use hobble_graft::proc::mountinfo::Propagation;
 use hobble_graft::proc::status::Seccomp;
+use hobble_graft::proc::tree;
 
 use crate::error::{AttachError, Step};
 use crate::inspect;
@@ -31,6 +34,8 @@ pub(crate) struct Survey {
     pub(crate) volume: Option<Volume>,
     /// What they hold of the volume.
     pub(crate) census: Option<Census>,
+    /// Targets that do not live in the volume's mount namespace.
+    pub(crate) elsewhere: Vec<ProcessId>,
     /// The first reason to refuse, as an error.
     pub(crate) refusal: Option<AttachError>,
 }
@@ -111,8 +116,13 @@ pub(crate) fn survey(
                 .exiting(ExitCode::Usage)
         })?;
     fitness(target, true, &mut reasons);
+    if scope == Scope::Tree && !crate::scope::TargetSet::tree(Vec::new).follows_forks() {
+        let (text, hint) = inspect::NO_PROCESS_EVENTS;
+        reasons.degrade("process_events", text, Some(hint));
+    }
     let mut volume = None;
     let mut census = None;
+    let mut elsewhere = Vec::new();
     if reasons.refuse.is_empty() {
         match Volume::resolve(target, path) {
             Ok(found) => {
@@ -146,6 +156,11 @@ pub(crate) fn survey(
             if *process != target {
                 fitness(*process, false, &mut reasons);
             }
+        }
+        elsewhere = outside(&processes, volume);
+        if !elsewhere.is_empty() {
+            let text = format!("{} {OUTSIDE}", named(&elsewhere));
+            reasons.degrade("other_namespace", text, Some(OUTSIDE_HINT));
         }
         match census::take(&processes, &|facts| volume.holds(facts)) {
             Ok(taken) => {
@@ -192,8 +207,62 @@ pub(crate) fn survey(
         },
         volume,
         census,
+        elsewhere,
         refusal,
     })
+}
+
+/// What is the matter with a target in another mount namespace than the volume's: mounts there are copies, and the hook lies on none of them.
+const OUTSIDE: &str =
+    "in another mount namespace: what is opened there by name stays native, what was open moves";
+const OUTSIDE_HINT: &str = "each such namespace needs an attachment of its own";
+
+/// Processes that a message names before it only counts them.
+const NAMED: usize = 5;
+
+/// The processes that do not live in the volume's mount namespace.
+fn outside(processes: &[ProcessId], volume: &Volume) -> Vec<ProcessId> {
+    processes
+        .iter()
+        .filter(|process| {
+            // One that has gone meanwhile is nowhere.
+            tree::mount_namespace(process.pid).is_ok_and(|namespace| !volume.is_in(namespace))
+        })
+        .copied()
+        .collect()
+}
+
+/// `process 12 (sh)` or `processes 12 (sh), 13 (cat) and 7 more`.
+fn named(processes: &[ProcessId]) -> String {
+    let list: Vec<String> = processes
+        .iter()
+        .take(NAMED)
+        .map(|process| format!("{} ({})", process.pid, inspect::comm(process.pid.as_raw())))
+        .collect();
+    let rest = processes.len() - list.len();
+    let more = if rest > 0 {
+        format!(" and {rest} more")
+    } else {
+        String::new()
+    };
+    let what = if processes.len() == 1 {
+        "process"
+    } else {
+        "processes"
+    };
+    format!("{what} {}{more}", list.join(", "))
+}
+
+/// The targets in other mount namespaces, for the report of an attach.
+pub(crate) fn not_covered(elsewhere: &[ProcessId]) -> Vec<NotCoveredStatus> {
+    elsewhere
+        .iter()
+        .map(|process| NotCoveredStatus {
+            what: named(&[*process]),
+            reason: format!("{OUTSIDE}; {OUTSIDE_HINT}"),
+            pid: u32::try_from(process.pid.as_raw()).ok(),
+        })
+        .collect()
 }
 
 /// An error with everything below it, on one line.

@@ -336,6 +336,11 @@ impl Volume {
         self.inner.namespace.id().0
     }
 
+    /// Whether this is the target's mount namespace.
+    pub(crate) fn is_in(&self, namespace: tree::MountNamespaceId) -> bool {
+        self.inner.namespace.id() == namespace
+    }
+
     /// Whether anybody is left in the target's mount namespace.
     pub(crate) fn is_inhabited(&self) -> bool {
         tree::in_mount_namespace(self.inner.namespace.id())

@@ -14,6 +14,7 @@ use hobble_testkit::target::{Target, number, text};
 use hobble_testkit::volume::{Kind, Volume};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 
 /// A target with an open file on the volume, and an injection into it that must be refused.
 struct Refusal<'s> {
@@ -251,6 +252,107 @@ fn a_kernel_that_is_too_old() -> Result<()> {
             ],
         )?;
         case.finish()
+    })
+}
+
+/// The reason of this code in what `inject --dry-run --json` printed.
+fn reason(plan: &Value, code: &str) -> Option<String> {
+    plan.get("reasons")?
+        .as_array()?
+        .iter()
+        .find(|reason| reason.get("code").and_then(Value::as_str) == Some(code))?
+        .get("text")?
+        .as_str()
+        .map(str::to_owned)
+}
+
+/// `inject --dry-run --json` by this command line, which ends where its own arguments begin.
+fn plan(mut command: Command, arguments: &[&str]) -> Result<Value> {
+    let text = command::run(
+        command
+            .args(["inject", "--dry-run", "--json"])
+            .args(arguments),
+        STEP,
+    )?;
+    serde_json::from_str(text.trim()).with_context(|| format!("it printed {text:?}"))
+}
+
+#[test]
+fn without_process_events_a_tree_is_degraded() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        let pid = case.target.pid().to_string();
+        // The connector is there in the first network namespace alone (drivers/connector/connector.c, cn_init).
+        let without = |scope: &str| -> Result<Value> {
+            let mut command = Command::new("unshare");
+            command.arg("--net").arg(hobble.binary());
+            command.env("HOBBLE_STATE_DIR", hobble.state_dir());
+            plan(command, &case.with(&pid, &["--no-rules", "--scope", scope]))
+        };
+        let found = without("tree")?;
+        ensure!(found.get("verdict") == Some(&"degraded".into()), "{found}");
+        let text = reason(&found, "process_events").with_context(|| found.to_string())?;
+        ensure!(text.contains("connector"), "{text}");
+        let found = without("namespace")?;
+        ensure!(reason(&found, "process_events").is_none(), "{found}");
+        let found = plan(
+            hobble.command([""; 0]),
+            &case.with(&pid, &["--no-rules", "--scope", "tree"]),
+        )?;
+        ensure!(reason(&found, "process_events").is_none(), "{found}");
+        case.finish()
+    })
+}
+
+#[test]
+fn a_descendant_in_another_mount_namespace_is_told() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let file = volume.path().join("file");
+        let mut shell = Command::new("sh");
+        shell.arg("-c").arg(format!(
+            "exec 9>{}; unshare --mount sleep 600 & echo $!; wait",
+            file.display()
+        ));
+        shell.stdout(std::process::Stdio::piped());
+        let mut shell = shell.spawn()?;
+        let run = |shell: &mut std::process::Child| -> Result<()> {
+            let mut line = String::new();
+            let out = shell.stdout.take().context("no standard output")?;
+            std::io::BufRead::read_line(&mut std::io::BufReader::new(out), &mut line)?;
+            let child = line.trim().to_owned();
+            until("it has unshared", STEP, || {
+                fs::read_to_string(format!("/proc/{child}/comm"))
+                    .is_ok_and(|comm| comm.trim() == "sleep")
+            })?;
+            let pid = shell.id().to_string();
+            let at = text(volume.path())?;
+            let arguments = ["--pid", &pid, "--path", at, "--no-rules"];
+            let found = plan(hobble.command([""; 0]), &arguments)?;
+            let told = reason(&found, "other_namespace").with_context(|| found.to_string())?;
+            ensure!(told.contains(&child) && told.contains("sleep"), "{told}");
+            let mut injection = hobble.attach(shell.id(), volume.path(), &["--no-rules"])?;
+            let attached = injection.wait_event("attached", STEP)?;
+            let listed = attached
+                .get("not_covered")
+                .and_then(Value::as_array)
+                .is_some_and(|all| {
+                    all.iter().any(|each| {
+                        each.get("pid")
+                            .and_then(Value::as_u64)
+                            .map(|pid| pid.to_string())
+                            .as_ref()
+                            == Some(&child)
+                    })
+                });
+            ensure!(listed, "{attached}");
+            injection.recover().map(drop)?;
+            let _ = kill(Pid::from_raw(child.parse()?), Signal::SIGKILL);
+            Ok(())
+        };
+        let ran = run(&mut shell);
+        let _ = shell.kill();
+        shell.wait()?;
+        ran
     })
 }
 
