@@ -23,6 +23,7 @@ use crate::hook::Hook;
 use crate::journal::{Record, Who};
 use crate::journaling::Steps;
 use crate::lock_keeper::Inwards;
+use crate::own::Own;
 use crate::preflight::{self, chain};
 use crate::stand_ins::StandIns;
 use crate::volume::Volume;
@@ -35,7 +36,7 @@ const BREATH: Duration = Duration::from_millis(60);
 const ROUNDS: u32 = 6;
 
 /// The target and its living descendants, without this attachment's own processes.
-pub(crate) fn tree_of(pid: i32) -> Vec<i32> {
+pub(crate) fn tree_of(pid: i32, own: Own) -> Vec<i32> {
     let Some(root) = Pid::new(pid).and_then(|pid| ProcessId::of(pid).ok()) else {
         return Vec::new();
     };
@@ -43,14 +44,15 @@ pub(crate) fn tree_of(pid: i32) -> Vec<i32> {
         .map(|found| {
             found
                 .into_iter()
+                .filter(|process| !own.includes(process.pid))
                 .map(|process| process.pid.as_raw())
                 .collect()
         })
         .unwrap_or_else(|_| vec![pid])
 }
 
-/// Everybody in the mount namespace of a process.
-pub(crate) fn namespace_of(pid: i32) -> Vec<i32> {
+/// Everybody in the mount namespace of a process, without this attachment's own processes.
+pub(crate) fn namespace_of(pid: i32, own: Own) -> Vec<i32> {
     let Some(pid) = Pid::new(pid) else {
         return Vec::new();
     };
@@ -60,6 +62,7 @@ pub(crate) fn namespace_of(pid: i32) -> Vec<i32> {
             found
                 .processes
                 .into_iter()
+                .filter(|process| !own.includes(process.pid))
                 .map(|process| process.pid.as_raw())
                 .collect()
         })
@@ -73,13 +76,12 @@ pub(crate) fn is_running(pid: i32) -> bool {
         .is_some_and(|process| process.is_alive().unwrap_or(true))
 }
 
-/// This attachment's own processes, which are never targets: the server, and the holder, which shares its descriptor table.
-fn is_own(pid: Pid) -> bool {
-    pid == Pid::own() || census::shares_our_table(pid)
-}
-
 /// The processes to be stopped and moved.
-pub(crate) fn processes(target: ProcessId, scope: Scope) -> Result<Vec<ProcessId>, AttachError> {
+pub(crate) fn processes(
+    target: ProcessId,
+    scope: Scope,
+    own: Own,
+) -> Result<Vec<ProcessId>, AttachError> {
     let failed = |error| {
         AttachError::new(Step::Preflight, "the target's processes cannot be listed").because(error)
     };
@@ -92,7 +94,7 @@ pub(crate) fn processes(target: ProcessId, scope: Scope) -> Result<Vec<ProcessId
                 .processes
         }
     };
-    found.retain(|process| !is_own(process.pid));
+    found.retain(|process| !own.includes(process.pid));
     Ok(found)
 }
 
@@ -194,6 +196,7 @@ impl Engine {
         let survey = preflight::survey(
             self.config.pid,
             self.config.start_time,
+            self.config.own(),
             self.config.scope,
             &path,
             &self.config.state_dir,
@@ -251,6 +254,11 @@ impl Engine {
         }
     }
 
+    /// The processes to be stopped and moved now.
+    fn processes(&self, target: ProcessId) -> Result<Vec<ProcessId>, AttachError> {
+        processes(target, self.config.scope, self.config.own())
+    }
+
     /// Gives up a hook that nobody is on.
     fn withdraw(&mut self) -> Result<(), AttachError> {
         self.hook.as_mut().map_or(Ok(()), Hook::remove)?;
@@ -291,12 +299,12 @@ impl Engine {
         fault_point::pass("served");
         let census = match census {
             Some(census) => census,
-            None => census::take(&processes(target, self.config.scope)?, &|facts| {
-                volume.holds(facts)
-            })
-            .map_err(|error| {
-                AttachError::new(Step::Census, "the target cannot be looked into").because(error)
-            })?,
+            None => census::take(&self.processes(target)?, &|facts| volume.holds(facts)).map_err(
+                |error| {
+                    AttachError::new(Step::Census, "the target cannot be looked into")
+                        .because(error)
+                },
+            )?,
         };
         Tracer::scope(|tracer| {
             self.move_in(tracer, target, volume, census, moved)
@@ -354,7 +362,7 @@ impl Engine {
         stand_ins: &mut StandIns,
         moved: &mut Moved,
     ) -> Result<(), AttachError> {
-        let list = processes(target, self.config.scope)?;
+        let list = self.processes(target)?;
         self.record(&Record::Stopping {
             processes: list.iter().map(|process| who(*process)).collect(),
         })?;
@@ -465,12 +473,13 @@ impl Engine {
 
     /// Children that were born while their parents were being stopped. Whoever came into the namespace from elsewhere is found after letting go.
     fn add_newborn(&self, stopped: &mut Stopped, deadline: Deadline) -> Result<(), AttachError> {
+        let own = self.config.own();
         for _ in 0..16 {
             let born: Vec<ProcessId> = stopped
                 .processes()
                 .iter()
                 .flat_map(|process| children(process.pid))
-                .filter(|child| !is_own(child.pid) && !stopped.processes().contains(child))
+                .filter(|child| !own.includes(child.pid) && !stopped.processes().contains(child))
                 .collect();
             if born.is_empty() {
                 return Ok(());
@@ -551,7 +560,7 @@ impl Engine {
         moved: &mut Moved,
     ) -> Result<(), AttachError> {
         for _ in 0..ROUNDS {
-            let list = processes(target, self.config.scope)?;
+            let list = self.processes(target)?;
             census
                 .rescan(&list, &|facts| volume.holds(facts))
                 .map_err(|error| {

@@ -6,6 +6,7 @@ use hobble_api::status::{Check, CheckOutcome, Verdict};
 
 use crate::inspect;
 use crate::options::InjectOptions;
+use crate::own::Own;
 
 fn check(name: &str, outcome: CheckOutcome, text: impl Into<String>, hint: Option<&str>) -> Check {
     Check {
@@ -171,7 +172,7 @@ fn ptrace() -> Check {
 }
 
 fn forks() -> Check {
-    if crate::scope::TargetSet::tree(Vec::new).follows_forks() {
+    if crate::scope::TargetSet::tree(Own::default(), Vec::new).follows_forks() {
         ok(
             "process events",
             "children of a target are seen as they are made",

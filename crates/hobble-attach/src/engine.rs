@@ -135,10 +135,10 @@ impl Engine {
         ledger: Ledger,
         board: Arc<Board>,
     ) -> Self {
-        let pid = config.pid;
+        let (pid, own) = (config.pid, config.own());
         let targets = match config.scope {
-            Scope::Namespace => TargetSet::everyone(),
-            Scope::Tree => TargetSet::tree(|| crate::attaching::tree_of(pid)),
+            Scope::Namespace => TargetSet::everyone(own.within_reach_of(pid)),
+            Scope::Tree => TargetSet::tree(own, || crate::attaching::tree_of(pid, own)),
         };
         Self {
             config,
@@ -168,10 +168,10 @@ impl Engine {
     /// The pids to show as targets, from any thread.
     pub(crate) fn targets(&self) -> impl Fn() -> Vec<i32> + Send + Sync + 'static {
         let targets = Arc::clone(&self.targets);
-        let (pid, scope) = (self.config.pid, self.config.scope);
+        let (pid, scope, own) = (self.config.pid, self.config.scope, self.config.own());
         move || match scope {
             Scope::Tree => targets.processes(),
-            Scope::Namespace => crate::attaching::namespace_of(pid),
+            Scope::Namespace => crate::attaching::namespace_of(pid, own),
         }
     }
 
@@ -298,7 +298,10 @@ impl Engine {
                 .processes()
                 .into_iter()
                 .any(crate::attaching::is_running),
-            Scope::Namespace => self.hook.as_ref().is_none_or(Hook::namespace_is_inhabited),
+            Scope::Namespace => self
+                .hook
+                .as_ref()
+                .is_none_or(|hook| hook.namespace_is_inhabited(self.config.own())),
         }
     }
 

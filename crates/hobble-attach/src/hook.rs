@@ -21,6 +21,7 @@ use hobble_mirror::{Caching, CallerFacts, Callers, Config, Everybody, Mirror, Pl
 use hobble_rules::Plan;
 
 use crate::error::{AttachError, Step};
+use crate::own::Own;
 use crate::scope::TargetSet;
 use crate::volume::{self, Volume};
 use hobble_graft::mounts::{Covering, MountsError, PropagationRecord};
@@ -374,9 +375,9 @@ impl Hook {
         self.lost
     }
 
-    /// Whether any process is left in the target's mount namespace.
-    pub(crate) fn namespace_is_inhabited(&self) -> bool {
-        self.volume.is_inhabited()
+    /// Whether any process but our own is left in the target's mount namespace.
+    pub(crate) fn namespace_is_inhabited(&self, own: Own) -> bool {
+        self.volume.is_inhabited(own)
     }
 
     /// Whether the connection lives.

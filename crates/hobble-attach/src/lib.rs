@@ -34,6 +34,7 @@ mod list;
 mod lock_keeper;
 mod options;
 mod originals;
+mod own;
 mod preflight;
 mod recover;
 mod reopening;

@@ -21,6 +21,7 @@ use hobble_graft::proc::tree;
 use crate::error::{AttachError, Step};
 use crate::inspect;
 use crate::options::InjectOptions;
+use crate::own::Own;
 use crate::volume::Volume;
 
 /// Descriptors that a server needs besides those it keeps for the target.
@@ -89,6 +90,7 @@ pub fn preflight(options: &InjectOptions) -> Result<Preflight, AttachError> {
     Ok(survey(
         options.pid,
         start,
+        Own::new(ProcessId::own().ok()),
         options.scope,
         &options.path,
         &options.state_dir,
@@ -100,6 +102,7 @@ pub fn preflight(options: &InjectOptions) -> Result<Preflight, AttachError> {
 pub(crate) fn survey(
     pid: i32,
     start: u64,
+    own: Own,
     scope: Scope,
     path: &Path,
     state_dir: &Path,
@@ -115,8 +118,8 @@ pub(crate) fn survey(
             AttachError::new(Step::Preflight, format!("{pid} is not a process id"))
                 .exiting(ExitCode::Usage)
         })?;
-    fitness(target, true, &mut reasons);
-    if scope == Scope::Tree && !crate::scope::TargetSet::tree(Vec::new).follows_forks() {
+    fitness(target, true, own, &mut reasons);
+    if scope == Scope::Tree && !crate::scope::TargetSet::tree(own, Vec::new).follows_forks() {
         let (text, hint) = inspect::NO_PROCESS_EVENTS;
         reasons.degrade("process_events", text, Some(hint));
     }
@@ -151,10 +154,11 @@ pub(crate) fn survey(
         }
     }
     if let Some(volume) = volume.as_ref().filter(|_| reasons.refuse.is_empty()) {
-        let processes = crate::attaching::processes(target, scope)?;
+        let processes = crate::attaching::processes(target, scope, own)?;
+        ourselves(own, &processes, volume, &mut reasons);
         for process in &processes {
             if *process != target {
-                fitness(*process, false, &mut reasons);
+                fitness(*process, false, own, &mut reasons);
             }
         }
         elsewhere = outside(&processes, volume);
@@ -355,7 +359,7 @@ fn exit_of(refusals: &[(Reason, ExitCode)]) -> Option<ExitCode> {
 }
 
 /// Whether a process can be stopped and worked on.
-fn fitness(process: ProcessId, named: bool, reasons: &mut Reasons) {
+fn fitness(process: ProcessId, named: bool, own: Own, reasons: &mut Reasons) {
     let pid = process.pid;
     let condition = match condition::of(process) {
         Ok(condition) => condition,
@@ -399,8 +403,8 @@ fn fitness(process: ProcessId, named: bool, reasons: &mut Reasons) {
         }
         return;
     }
-    if pid == Pid::own() {
-        return reasons.refuse("own", format!("{who} is this very process"), None);
+    if own.includes(pid) {
+        return reasons.refuse("own", format!("{who} is hobble itself"), None);
     }
     if let Some(tracer) = condition.tracer {
         let tracer = tracer.as_raw();
@@ -439,6 +443,49 @@ fn fitness(process: ProcessId, named: bool, reasons: &mut Reasons) {
             "seccomp",
             format!("{who} has a seccomp filter, and hobble runs under one itself, so it may not suspend the target's"),
             Some("run hobble without SystemCallFilter, or with seccomp=unconfined"),
+        );
+    }
+}
+
+/// What the command that asks for the attachment has to do with it: it is no target itself, but its parents may be, and it may be at work in the volume.
+fn ourselves(own: Own, processes: &[ProcessId], volume: &Volume, reasons: &mut Reasons) {
+    let above: Vec<ProcessId> = own
+        .ancestors()
+        .into_iter()
+        .filter(|ancestor| processes.contains(ancestor))
+        .collect();
+    if !above.is_empty() {
+        reasons.degrade(
+            "own_ancestor",
+            format!(
+                "this command was started by {}, which the scope holds: stopped with the others, the terminal with it, and what it starts from now on is faulted too",
+                named(&above)
+            ),
+            Some("run hobble from a shell outside the target"),
+        );
+    }
+    let Some(caller) = own.caller() else { return };
+    // A caller that cannot be looked into has nothing to say; it is not moved in any case.
+    let Ok(held) = census::take(&[caller], &|facts| volume.holds(facts)) else {
+        return;
+    };
+    let name = volume.display();
+    let here = |fs: &census::FsStruct| fs.cwd.is_some() || fs.root.is_some();
+    if held.fs_structs().iter().any(here) {
+        reasons.degrade(
+            "own_directory",
+            format!("this command's own working directory lies in {name}: it stays native"),
+            None,
+        );
+    }
+    let open = held.descriptions().len();
+    if open > 0 {
+        reasons.degrade(
+            "own_descriptors",
+            format!(
+                "this command itself has {open} files of {name} open, its output perhaps: they stay native"
+            ),
+            None,
         );
     }
 }

@@ -4,13 +4,14 @@
 //! connector (drivers/connector/cn_proc.c) reports every fork before the child first runs (kernel/fork.c: `proc_fork_connector` precedes
 //! `wake_up_new_task`), so draining the socket before deciding on an unknown caller makes a double-forked daemon a target. Where the connector
 //! cannot be had, the chain of parents is followed at the first operation of a new process, which misses a process whose parents have
-//! already gone; pre-flight says so.
+//! already gone; pre-flight says so. Hobble's own processes ([`Own`]) are never targets, whoever started them.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::own::Own;
 use rustix::net::netlink::{self, SocketAddrNetlink};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
@@ -136,6 +137,7 @@ struct Tree {
 #[derive(Debug)]
 pub(crate) struct TargetSet {
     everyone: bool,
+    own: Own,
     connector: Option<Connector>,
     tree: Mutex<Tree>,
 }
@@ -163,16 +165,17 @@ fn status_field(pid: i32, field: &str) -> Option<i32> {
 
 impl TargetSet {
     /// Everybody who reaches the hook is a target (`--scope namespace`).
-    pub(crate) fn everyone() -> Arc<Self> {
+    pub(crate) fn everyone(own: Own) -> Arc<Self> {
         Arc::new(Self {
             everyone: true,
+            own,
             connector: None,
             tree: Mutex::default(),
         })
     }
 
     /// These processes and all their later descendants. The subscription is made before `list` is called, so that no fork falls between.
-    pub(crate) fn tree(list: impl FnOnce() -> Vec<i32>) -> Arc<Self> {
+    pub(crate) fn tree(own: Own, list: impl FnOnce() -> Vec<i32>) -> Arc<Self> {
         let connector = match Connector::subscribe() {
             Ok(connector) => Some(connector),
             Err(error) => {
@@ -186,6 +189,7 @@ impl TargetSet {
         };
         Arc::new(Self {
             everyone: false,
+            own,
             connector,
             tree: Mutex::new(tree),
         })
@@ -215,7 +219,11 @@ impl TargetSet {
             } => {
                 tree.threads.remove(&child_thread);
                 if tree.processes.contains(&parent) {
-                    tree.processes.insert(child);
+                    // A new thread is reported with its process's own parent (kernel/fork.c, CLONE_THREAD), so a command of ours that the target started
+                    // comes here with each of its threads.
+                    if !self.own.acts_as(child) {
+                        tree.processes.insert(child);
+                    }
                 } else if child_thread == child {
                     // A re-used pid whose exit event was lost must not inherit its predecessor's place.
                     tree.processes.remove(&child);
@@ -251,7 +259,7 @@ impl TargetSet {
     /// Whether the thread belongs to a target.
     pub(crate) fn contains(&self, tid: i32) -> bool {
         if self.everyone {
-            return true;
+            return !self.own.caller_has_thread(tid);
         }
         let mut tree = self.tree.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = tree.threads.get(&tid) {
@@ -261,6 +269,10 @@ impl TargetSet {
         let Some(process) = status_field(tid, "Tgid") else {
             return false;
         };
+        if self.own.acts_as(process) {
+            tree.threads.insert(tid, false);
+            return false;
+        }
         let mut member = tree.processes.contains(&process);
         let mut ancestor = process;
         let mut chain = vec![process];
@@ -270,7 +282,7 @@ impl TargetSet {
                 break;
             }
             match status_field(ancestor, "PPid") {
-                Some(parent) if parent > 1 => ancestor = parent,
+                Some(parent) if parent > 1 && !self.own.acts_as(parent) => ancestor = parent,
                 _ => break,
             }
             member = tree.processes.contains(&ancestor);
@@ -350,7 +362,7 @@ mod tests {
             .stdout(Stdio::piped())
             .spawn()
             .expect("sh");
-        let set = TargetSet::tree(|| vec![shell.id() as i32]);
+        let set = TargetSet::tree(Own::default(), || vec![shell.id() as i32]);
         assert!(
             set.follows_forks(),
             "the process-event connector is needed for this test"
@@ -382,5 +394,41 @@ mod tests {
         let _ = shell.kill();
         let _ = shell.wait();
         assert_eq!(seen, (true, false, true));
+    }
+
+    #[test]
+    fn the_caller_is_no_target_though_its_shell_is_one() {
+        // A shell, the command that it runs, and what that starts: as with `hobble inject --pid $$`.
+        let mut shell = Command::new("sh")
+            .args(["-c", "sh -c 'sleep 30 >/dev/null & echo $! $$; wait'; :"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("sh");
+        use std::io::BufRead;
+        let mut line = String::new();
+        std::io::BufReader::new(shell.stdout.take().expect("stdout"))
+            .read_line(&mut line)
+            .expect("read");
+        let pids: Vec<i32> = line
+            .split_ascii_whitespace()
+            .map(|pid| pid.parse().expect("pid"))
+            .collect();
+        let (below, caller, above) = (pids[0], pids[1], shell.id() as i32);
+        let id =
+            hobble_graft::ids::ProcessId::of(hobble_graft::ids::Pid::new(caller).expect("a pid"));
+        let own = Own::new(Some(id.expect("it runs")));
+        let tree = TargetSet::tree(own, || vec![above]);
+        let everyone = TargetSet::everyone(own);
+        let seen = [above, caller, below].map(|pid| (tree.contains(pid), everyone.contains(pid)));
+        for pid in [below, caller] {
+            let _ = rustix::process::kill_process(
+                rustix::process::Pid::from_raw(pid).expect("pid"),
+                rustix::process::Signal::KILL,
+            );
+        }
+        let _ = shell.kill();
+        let _ = shell.wait();
+        // What the caller started lives in the same namespace, where everybody else is a target.
+        assert_eq!(seen, [(true, true), (false, false), (false, true)]);
     }
 }

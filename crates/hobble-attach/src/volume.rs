@@ -20,6 +20,7 @@ use hobble_graft::proc::{mountinfo, tree};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{AttachError, Step};
+use crate::own::Own;
 
 /// How long one piece of work in a mount namespace may take.
 const WITHIN: Duration = Duration::from_secs(5);
@@ -341,10 +342,14 @@ impl Volume {
         self.inner.namespace.id() == namespace
     }
 
-    /// Whether anybody is left in the target's mount namespace.
-    pub(crate) fn is_inhabited(&self) -> bool {
-        tree::in_mount_namespace(self.inner.namespace.id())
-            .map_or(true, |found| !found.processes.is_empty())
+    /// Whether anybody but ourselves is left in the target's mount namespace.
+    pub(crate) fn is_inhabited(&self, own: Own) -> bool {
+        tree::in_mount_namespace(self.inner.namespace.id()).map_or(true, |found| {
+            found
+                .processes
+                .iter()
+                .any(|process| !own.includes(process.pid))
+        })
     }
 
     /// Filesystems that are stacked below the volume's.

@@ -1,7 +1,9 @@
 //! Bad input and hostile conditions: each gives a clear error and a documented exit code, and leaves the target untouched.
 
 use std::fs;
-use std::process::{Command, Output};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::MetadataExt;
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -206,25 +208,160 @@ fn hobbles_own_directories_on_the_volume() -> Result<()> {
     })
 }
 
+/// Whether the command with this pid has its working directory and its output on the filesystem of this device.
+fn is_native(pid: &str, device: u64) -> Result<bool> {
+    let on = |what: &str| -> Result<bool> {
+        let path = format!("/proc/{pid}/{what}");
+        let found = fs::metadata(&path).with_context(|| path.clone())?;
+        Ok(found.dev() == device)
+    };
+    Ok(on("cwd")? && on("fd/1")?)
+}
+
+/// Starts `inject` in a directory of the volume, with its output in a file there, from a shell that is itself the target.
+fn from_within(scope: &str) -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let device = fs::metadata(volume.path())?.dev();
+        let events = volume.path().join("events");
+        let script = format!(
+            "exec 9>held; {} inject --json --pid $$ --path \"$PWD\" --scope {scope} --for 3s \
+             --fault 'errno=EIO op=write' >events 2>../errors & echo $!; wait $!; echo $?",
+            hobble.binary().display()
+        );
+        let mut shell = Command::new("sh");
+        shell
+            .args(["-c", &script])
+            .current_dir(volume.path())
+            .env("HOBBLE_STATE_DIR", hobble.state_dir())
+            .stdout(Stdio::piped());
+        let mut shell = shell.spawn()?;
+        let pid = shell.id().to_string();
+        let run = |shell: &mut Child| -> Result<()> {
+            let mut out = BufReader::new(shell.stdout.take().context("no standard output")?);
+            let mut line = String::new();
+            out.read_line(&mut line)?;
+            let command = line.trim().to_owned();
+            let said = || fs::read_to_string(&events).unwrap_or_default();
+            until("faults are on", STEP, || said().contains("\"injecting\""))?;
+            // The target is on the hook; the command that put it there is not, so what it says is not faulted.
+            let held = fs::metadata(format!("/proc/{pid}/fd/9"))?;
+            ensure!(held.dev() != device, "the shell's file is native");
+            ensure!(is_native(&command, device)?, "the command was moved");
+            let shown = hobble.json(&["show"])?;
+            let targets: Vec<String> = shown
+                .get("targets")
+                .and_then(Value::as_array)
+                .into_iter()
+                .flatten()
+                .filter_map(|target| target.get("pid").map(Value::to_string))
+                .collect();
+            let own = [hobble.servers(), hobble.holders()].concat();
+            ensure!(own.len() == 2, "server and holder were not found: {own:?}");
+            let own = own.iter().map(u32::to_string).chain([command.clone()]);
+            for each in own {
+                ensure!(!targets.contains(&each), "{each} is of hobble: {targets:?}");
+            }
+            ensure!(targets.contains(&pid), "{pid} is the target: {targets:?}");
+            line.clear();
+            out.read_line(&mut line)?;
+            ensure!(line.trim() == "0", "it ended with {line}: {}", said());
+            let lines: Vec<Value> = said()
+                .lines()
+                .map(serde_json::from_str)
+                .collect::<Result<_, _>>()?;
+            let event = |name: &str| {
+                lines
+                    .iter()
+                    .find(|line| line.get("event") == Some(&name.into()))
+                    .with_context(|| format!("no {name} in {lines:?}"))
+            };
+            event("recovered")?;
+            let preflight = event("preflight")?;
+            ensure!(preflight.get("verdict") == Some(&"degraded".into()));
+            for (code, words) in [
+                ("own_ancestor", [pid.as_str(), "(sh)"]),
+                ("own_directory", [text(volume.path())?, "native"]),
+                // Its output, and what it has inherited.
+                ("own_descriptors", ["2 files", "native"]),
+            ] {
+                let told = reason(preflight, code).with_context(|| preflight.to_string())?;
+                for word in words {
+                    ensure!(told.contains(word), "no {word} in {told}");
+                }
+            }
+            Ok(())
+        };
+        let ran = run(&mut shell);
+        let _ = shell.kill();
+        shell.wait()?;
+        ran
+    })
+}
+
+#[test]
+fn the_command_in_a_tree_that_is_the_target() -> Result<()> {
+    from_within("tree")
+}
+
+#[test]
+fn the_command_in_a_namespace_that_is_the_target() -> Result<()> {
+    from_within("namespace")
+}
+
 #[test]
 fn hobbles_own_working_directory_on_the_volume() -> Result<()> {
     scene(Kind::Ext4, |hobble, volume| {
         let case = Refusal::new(hobble, volume)?;
+        let device = fs::metadata(volume.path())?.dev();
         let pid = case.target.pid().to_string();
-        // Refused with a word about it, or harmless: then it works and comes to its end like any other.
-        let mut inject = hobble.command(["inject", "--for", "1s"]);
+        // Allowed: it stays native, and pre-flight says so. Nothing of the command is then on the hook, so nothing keeps that from going.
+        let mut here = hobble.command([""; 0]);
+        here.current_dir(volume.path());
+        let found = plan(here, &case.with(&pid, &EIO))?;
+        ensure!(found.get("verdict") == Some(&"degraded".into()), "{found}");
+        let told = reason(&found, "own_directory").with_context(|| found.to_string())?;
+        ensure!(told.contains("native"), "{told}");
+        let mut inject = hobble.command(["inject", "--json", "--for", "2s"]);
         inject
             .args(case.with(&pid, &EIO))
-            .current_dir(volume.path());
-        let said = command::output(&mut inject, STEP)?;
-        if !said.status.success() {
-            check_refusal(
-                "inject in a directory of the volume",
-                &said,
-                1,
-                &["directory"],
-            )?;
+            .current_dir(volume.path())
+            .stdout(Stdio::piped());
+        let mut inject = inject.spawn()?;
+        let mut attached = false;
+        let lines = BufReader::new(inject.stdout.take().context("no standard output")?).lines();
+        for line in lines {
+            if line?.contains("\"injecting\"") {
+                attached = true;
+                let directory = fs::metadata(format!("/proc/{}/cwd", inject.id()))?;
+                ensure!(directory.dev() == device, "its directory was moved");
+            }
         }
+        let status = inject.wait()?;
+        ensure!(
+            attached && status.success(),
+            "attached: {attached}, {status}"
+        );
+        let elsewhere = plan(hobble.command([""; 0]), &case.with(&pid, &EIO))?;
+        ensure!(reason(&elsewhere, "own_directory").is_none(), "{elsewhere}");
+        case.finish()
+    })
+}
+
+#[test]
+fn the_command_itself_as_the_target() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        // `exec` keeps the pid: the shell names itself and becomes the command.
+        let mut shell = Command::new("sh");
+        shell
+            .arg("-c")
+            .arg(format!(
+                "exec {} inject --pid $$ --path {} --no-rules",
+                hobble.binary().display(),
+                case.at
+            ))
+            .env("HOBBLE_STATE_DIR", hobble.state_dir());
+        case.refused_command(shell, 1, &["hobble itself"])?;
         case.finish()
     })
 }
@@ -313,12 +450,12 @@ fn a_descendant_in_another_mount_namespace_is_told() -> Result<()> {
             "exec 9>{}; unshare --mount sleep 600 & echo $!; wait",
             file.display()
         ));
-        shell.stdout(std::process::Stdio::piped());
+        shell.stdout(Stdio::piped());
         let mut shell = shell.spawn()?;
-        let run = |shell: &mut std::process::Child| -> Result<()> {
+        let run = |shell: &mut Child| -> Result<()> {
             let mut line = String::new();
             let out = shell.stdout.take().context("no standard output")?;
-            std::io::BufRead::read_line(&mut std::io::BufReader::new(out), &mut line)?;
+            BufReader::new(out).read_line(&mut line)?;
             let child = line.trim().to_owned();
             until("it has unshared", STEP, || {
                 fs::read_to_string(format!("/proc/{child}/comm"))
