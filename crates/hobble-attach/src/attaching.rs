@@ -279,6 +279,7 @@ impl Engine {
             volume,
             &self.config.id,
             std::sync::Arc::clone(&self.targets),
+            std::sync::Arc::clone(&self.served),
         )?;
         self.record(&Record::Attachment {
             target: who(target),
@@ -288,8 +289,6 @@ impl Engine {
             hook_dev: hook.device().raw(),
             backing_dev: volume.device().raw(),
         })?;
-        self.board
-            .edit(|status| status.passthrough = hook.passthrough());
         self.hook = Some(hook);
         // The plan chooses how stand-ins are opened; until the hook is armed it sees nobody.
         let plan = self.first_plan()?;

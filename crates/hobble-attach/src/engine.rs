@@ -23,7 +23,7 @@ use crate::control::Command;
 use crate::error::{AttachError, Step};
 use crate::fault_point;
 use crate::holder::{DONE, NEEDS_RECOVERY};
-use crate::hook::Hook;
+use crate::hook::{Hook, Served};
 use crate::journal::{Journal, Record};
 use crate::ledger::Ledger;
 use crate::options::Lifetime;
@@ -45,6 +45,7 @@ pub(crate) struct Engine {
     pub(crate) board: Arc<Board>,
     pub(crate) targets: Arc<TargetSet>,
     pub(crate) hook: Option<Hook>,
+    pub(crate) served: Served,
     plan: PlanSlot,
     paused: bool,
     /// When rules were first turned on: the zero of every rule's window.
@@ -147,6 +148,7 @@ impl Engine {
             board,
             targets,
             hook: None,
+            served: Served::default(),
             plan: PlanSlot::default(),
             paused: false,
             began: None,
@@ -163,6 +165,15 @@ impl Engine {
     pub(crate) fn counters(&self) -> impl Fn() -> Vec<RuleCounts> + Send + Sync + 'static {
         let plan = Arc::clone(&self.plan);
         move || rule_counts(&plan)
+    }
+
+    /// Whether files are passed through now, from any thread; `None` without a hook.
+    pub(crate) fn passthrough(&self) -> impl Fn() -> Option<bool> + Send + Sync + 'static {
+        let served = Arc::clone(&self.served);
+        move || {
+            let served = served.lock().unwrap_or_else(PoisonError::into_inner);
+            served.as_ref().map(hobble_mirror::Mirror::passthrough)
+        }
     }
 
     /// The pids to show as targets, from any thread.

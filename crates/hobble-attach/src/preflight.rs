@@ -4,13 +4,14 @@
 //! the end. The engine runs the very same survey again before its first step, so what `--dry-run` prints is what is executed.
 
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use hobble_api::exit::ExitCode;
 use hobble_api::status::{
     AffectedProcess, NotCovered as NotCoveredStatus, Preflight, Reason, Scope, Verdict,
 };
-use hobble_graft::census::{self, Census, NotCovered};
+use hobble_graft::census::{self, Census, FileKind, NotCovered};
 use hobble_graft::ids::{Pid, ProcessId};
 use hobble_graft::proc::condition::{self, WordSize};
 use hobble_graft::proc::locks::LockClass;
@@ -108,7 +109,7 @@ pub(crate) fn survey(
     state_dir: &Path,
 ) -> Result<Survey, AttachError> {
     let mut reasons = Reasons::default();
-    machine(&mut reasons);
+    let offers_passthrough = machine(&mut reasons);
     let target = Pid::new(pid)
         .map(|pid| ProcessId {
             pid,
@@ -169,6 +170,9 @@ pub(crate) fn survey(
         match census::take(&processes, &|facts| volume.holds(facts)) {
             Ok(taken) => {
                 holdings(&taken, volume, &mut reasons);
+                if offers_passthrough && reasons.refuse.is_empty() {
+                    backing(&taken, volume, &mut reasons);
+                }
                 census = Some(taken);
             }
             Err(error) => reasons.refuse(
@@ -281,7 +285,8 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-fn machine(reasons: &mut Reasons) {
+/// What the machine itself lacks; gives whether its kernel offers passthrough.
+fn machine(reasons: &mut Reasons) -> bool {
     let missing = inspect::missing_capabilities();
     if !missing.is_empty() {
         let list: Vec<String> = missing
@@ -298,16 +303,48 @@ fn machine(reasons: &mut Reasons) {
         kernel(version, reasons);
     }
     if !missing.is_empty() {
-        return;
+        return false;
     }
     match crate::server::probe() {
-        Ok(true) => {}
+        Ok(true) => return true,
         Ok(false) => reasons.degrade(
             "no_passthrough",
             "the kernel offers no FUSE passthrough: every read and write goes through the server, mapped files are kept coherent only among users of the hook",
             Some("Linux 6.9 or later with CONFIG_FUSE_PASSTHROUGH"),
         ),
         Err(error) => reasons.refuse("fuse", chain(&error), Some("`hobble doctor` tells more")),
+    }
+    false
+}
+
+/// Whether the volume's filesystem can be passed through to, which the kernel tells only when asked to with a file of it; nothing is said without one.
+fn backing(taken: &Census, volume: &Volume, reasons: &mut Reasons) {
+    let open = taken
+        .descriptions()
+        .find(|description| description.facts.kind == FileKind::Regular)
+        .map(|description| description.kept.as_fd());
+    let mapped = || taken.mapped_files().first().map(|file| file.kept.as_fd());
+    let first;
+    let file = match open.or_else(mapped) {
+        Some(file) => file,
+        None => {
+            first = volume.first_file();
+            let Some(file) = first.as_ref() else { return };
+            file.as_fd()
+        }
+    };
+    match crate::hook::probe_backing(file, volume) {
+        Ok(None) => {}
+        Ok(Some(errno)) => reasons.degrade(
+            "backing",
+            format!(
+                "passthrough is not possible on the filesystem of {} ({errno}): every read and write goes through the server",
+                volume.display()
+            ),
+            (errno == hobble_fuse::Errno::LOOP)
+                .then_some("it is stacked as deep as the kernel allows; hook what lies below it"),
+        ),
+        Err(error) => reasons.degrade("backing", chain(&error), None),
     }
 }
 

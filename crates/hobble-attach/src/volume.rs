@@ -17,6 +17,7 @@ use hobble_graft::mounts::{
 };
 use hobble_graft::proc::mountinfo::Propagation;
 use hobble_graft::proc::{mountinfo, tree};
+use rustix::fs::{FileType, Mode, OFlags};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{AttachError, Step};
@@ -24,6 +25,9 @@ use crate::own::Own;
 
 /// How long one piece of work in a mount namespace may take.
 const WITHIN: Duration = Duration::from_secs(5);
+
+/// Names of a directory among which a regular file is looked for.
+const LOOKED_AT: usize = 1000;
 
 /// Filesystem types that hold no data of a program.
 const PSEUDO: &[&str] = &[
@@ -352,12 +356,32 @@ impl Volume {
         })
     }
 
-    /// Filesystems that are stacked below the volume's.
-    pub(crate) fn stack_depth(&self) -> u32 {
-        u32::from(matches!(
+    /// How deep the hook says that filesystems are stacked: one more than what is below it, as more would forbid a filesystem on top of it (kernel-hazards D).
+    pub(crate) fn max_stack_depth(&self) -> u32 {
+        1 + u32::from(matches!(
             self.inner.info.fs_type.to_str(),
             Some("overlay" | "ecryptfs")
         ))
+    }
+
+    /// The first regular file of the directory itself, as a place only (`O_PATH`): nothing is asked of the file, and no lease on it is broken.
+    pub(crate) fn first_file(&self) -> Option<OwnedFd> {
+        let open = |name: &std::ffi::CStr, flags| {
+            let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            rustix::fs::openat(&self.inner.location.file, name, flags, Mode::empty()).ok()
+        };
+        // Reading would else change the directory's time of access.
+        let directory = open(c".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOATIME)?;
+        rustix::fs::Dir::new(directory)
+            .ok()?
+            .take(LOOKED_AT)
+            .filter_map(Result::ok)
+            .filter(|entry| matches!(entry.file_type(), FileType::RegularFile | FileType::Unknown))
+            .find_map(|entry| {
+                let file = open(entry.file_name(), OFlags::PATH)?;
+                let stat = rustix::fs::fstat(&file).ok()?;
+                (FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile).then_some(file)
+            })
     }
 
     /// The flags of the covered mount, for the hook to have them too.

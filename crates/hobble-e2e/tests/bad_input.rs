@@ -979,3 +979,71 @@ fn a_fuse_backing_is_allowed_and_degraded() -> Result<()> {
         ran
     })
 }
+
+/// Mounts an overlay of `lower` at a fresh directory of the volume.
+fn overlay(volume: &Volume<'_>, name: &str, lower: &std::path::Path) -> Result<std::path::PathBuf> {
+    let [upper, work, merged] =
+        ["upper", "work", "merged"].map(|what| volume.directory(&format!("{name}-{what}")));
+    let (upper, work, merged) = (upper?, work?, merged?);
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        lower.display(),
+        upper.display(),
+        work.display()
+    );
+    command::run(
+        Command::new("mount")
+            .args(["-t", "overlay", "overlay", "-o", &options])
+            .arg(&merged),
+        STEP,
+    )?;
+    Ok(merged)
+}
+
+#[test]
+fn a_backing_without_passthrough_is_degraded_and_shown() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        // Passthrough to an overlay works; an overlay of an overlay is stacked too deep for it (fuse_backing_open, fs/fuse/backing.c: ELOOP).
+        let lower = volume.directory("lower")?;
+        fs::write(lower.join("first"), "found without being open")?;
+        let once = overlay(volume, "once", &lower)?;
+        let twice = overlay(volume, "twice", &once)?;
+        let passes = |at: &std::path::Path, expected: bool| -> Result<()> {
+            let at = text(at)?;
+            let mut target = Target::start(Program::Ops, [""; 0])?;
+            let pid = target.pid().to_string();
+            let arguments = ["--pid", &pid, "--path", at, "--no-rules"];
+            // By a file that nobody has open, then by one that the target has.
+            for _ in 0..2 {
+                let found = plan(hobble.command([""; 0]), &arguments)?;
+                let told = reason(&found, "backing");
+                ensure!(told.is_none() == expected, "{at}: {found}");
+                if let Some(told) = told {
+                    ensure!(told.contains("os error 40"), "{told}");
+                }
+                target.expect(&format!("open 1 +c {at}/file"))?;
+                target.expect("write 1 1 64")?;
+            }
+            let injection =
+                hobble.attach(target.pid(), std::path::Path::new(at), &["--no-rules"])?;
+            target.expect("write 1 10 64")?;
+            let shown = hobble.json(&["show"])?;
+            ensure!(
+                shown.get("passthrough") == Some(&expected.into()),
+                "{at}: {shown}"
+            );
+            injection.recover()?;
+            target.finish().map(drop)
+        };
+        let run = || -> Result<()> {
+            passes(volume.path(), true)?;
+            passes(&once, true)?;
+            passes(&twice, false)
+        };
+        let ran = run();
+        for mount in [&twice, &once] {
+            command::run(Command::new("umount").arg(mount), STEP)?;
+        }
+        ran
+    })
+}
