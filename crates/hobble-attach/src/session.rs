@@ -51,6 +51,14 @@ pub(crate) struct ServeConfig {
 }
 
 impl ServeConfig {
+    /// The process that was named.
+    pub(crate) fn target(&self) -> Option<ProcessId> {
+        Pid::new(self.pid).map(|pid| ProcessId {
+            pid,
+            start_time: self.start_time,
+        })
+    }
+
     /// The processes that are no targets.
     pub(crate) fn own(&self) -> Own {
         Own::new(Pid::new(self.caller.pid).map(|pid| ProcessId {

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use hobble_e2e::{assert_hooked, assert_same_descriptors, cycles, movable, scene, until};
 use hobble_testkit::command;
 use hobble_testkit::hobble::{Hobble, STEP};
@@ -894,47 +894,101 @@ fn the_control_socket_is_roots_alone() -> Result<()> {
     })
 }
 
-#[test]
-fn a_target_that_dies_at_any_moment() -> Result<()> {
-    scene(Kind::Ext4, |outer, volume| {
-        let hobble = Hobble::with_state_dir(&outer.scratch().path().join("dying"))?;
-        for round in 0..cycles(8) {
-            let directory = volume.directory(&format!("round-{round}"))?;
-            let target = Target::start(
-                Program::FilesC,
-                [text(&directory)?, "200", "1", "none", "busy"],
-            )?;
-            let pid = target.pid().to_string();
-            let mut injection = hobble.inject([
-                "--pid",
-                &pid,
-                "--path",
-                text(volume.path())?,
-                EIO[0],
-                EIO[1],
-            ])?;
-            std::thread::sleep(Duration::from_millis(u64::from(round) * 41 % 250));
-            target.signal(Signal::SIGKILL)?;
-            let status = injection
-                .status(STEP)
-                .context("the command hangs after its target has died")?;
-            // Attached before: it recovers. Else: the target has vanished.
+/// Lets the target die at one step, and looks at how the command ends and what is left.
+fn dies_at(step: &str, hobble: &mut Hobble, volume: &Volume<'_>, code: i32) -> Result<()> {
+    let directory = volume.directory(step)?;
+    let mut target = Target::start(
+        Program::FilesC,
+        [text(&directory)?, "200", "1", "none", "busy"],
+    )?;
+    let pid = target.pid().to_string();
+    hobble.env("HOBBLE_FAULT_POINT", &format!("target@{step}"));
+    let injecting = hobble.inject([
+        "--pid",
+        &pid,
+        "--path",
+        text(volume.path())?,
+        "--max-pause",
+        "5s",
+        EIO[0],
+        EIO[1],
+    ]);
+    hobble.unset("HOBBLE_FAULT_POINT");
+    let mut injection = injecting?;
+    if step.starts_with("updat") {
+        injection.wait_event("injecting", STEP)?;
+        hobble.output(["update", "--fault", "latency=1ms op=read"])?;
+    } else if code == 0 {
+        injection.wait_event("injecting", STEP)?;
+        injection.signal(Signal::SIGINT)?;
+    }
+    // To the end of its output: the last event tells how it went.
+    while injection.next_event(STEP)?.is_some() {}
+    let status = injection.status(STEP)?;
+    let last = injection
+        .events()
+        .last()
+        .context("no event at all")?
+        .clone();
+    let said = injection.said();
+    ensure!(
+        target.wait(STEP)?.is_some(),
+        "the target lives: the step was never reached"
+    );
+    ensure!(status.code() == Some(code), "{status}: {last}, {said}");
+    match last.get("event").and_then(Value::as_str) {
+        Some("recovered") => {}
+        Some("failed") => {
+            ensure!(last.get("rolled_back") == Some(&true.into()), "{last}");
+            let cause = last
+                .get("cause")
+                .and_then(Value::as_str)
+                .unwrap_or_default();
             ensure!(
-                matches!(status.code(), Some(0 | 3)),
-                "round {round}: {status}: {}",
-                injection.said()
-            );
-            drop(target);
-            until(
-                "every process of Hobble has gone",
-                Duration::from_secs(10),
-                || hobble.processes().is_empty(),
-            )?;
-            ensure!(
-                fs::read_dir(hobble.state_dir())?.count() == 0,
-                "round {round}: something is left in the state directory"
+                cause.contains(&pid) || cause.contains("exit") || cause.contains("ended"),
+                "{last} does not tell that the target has gone"
             );
         }
+        _ => bail!("it ends with {last}"),
+    }
+    drop(target);
+    until(
+        "every process of Hobble has gone",
+        Duration::from_secs(10),
+        || hobble.processes().is_empty(),
+    )?;
+    let left = fs::read_dir(hobble.state_dir())?.count();
+    ensure!(
+        left == 0,
+        "{left} attachments are left in the state directory"
+    );
+    let mounts = process::mounts("thread-self")?;
+    ensure!(
+        !mounts.iter().any(|(_, _, kind)| kind == "fuse.hobble"),
+        "the hook is still mounted: {mounts:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_target_that_dies_at_any_step() -> Result<()> {
+    scene(Kind::Ext4, |outer, volume| {
+        let mut hobble = Hobble::with_state_dir(&outer.scratch().path().join("dying"))?;
+        hobble.env("HOBBLE_LOG", "debug");
+        let listed = hobble.run(["__fault-points"])?;
+        let mut wrong = Vec::new();
+        let mut ending = false;
+        for step in listed.split_ascii_whitespace() {
+            // The target has vanished; unless it did while everything was being put back, which was what had been asked for.
+            ending |= step == "recovering";
+            let code = if ending { 0 } else { 3 };
+            if let Err(error) = dies_at(step, &mut hobble, volume, code) {
+                eprint!("{}", hobble.logs());
+                wrong.push(format!("{step}: {error:#}"));
+            }
+        }
+        ensure!(ending, "`hobble __fault-points` lists {listed}");
+        ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
         Ok(())
     })
 }
