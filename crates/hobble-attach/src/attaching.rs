@@ -23,6 +23,7 @@ use crate::hook::Hook;
 use crate::journal::{Record, Who};
 use crate::journaling::Steps;
 use crate::lock_keeper::Inwards;
+use crate::own::Own;
 use crate::preflight::{self, chain};
 use crate::stand_ins::StandIns;
 use crate::volume::Volume;
@@ -34,13 +35,15 @@ const BREATH: Duration = Duration::from_millis(60);
 /// How often what was missed is looked for after letting go.
 const ROUNDS: u32 = 6;
 
-/// The target and its living descendants.
-pub(crate) fn tree_of(root: ProcessId) -> Vec<ProcessId> {
-    tree::descendants(&[root]).unwrap_or_else(|_| vec![root])
+/// The target and its living descendants, without this attachment's own processes.
+pub(crate) fn tree_of(root: ProcessId, own: Own) -> Vec<ProcessId> {
+    let mut found = tree::descendants(&[root]).unwrap_or_else(|_| vec![root]);
+    found.retain(|process| !own.includes(process.pid));
+    found
 }
 
-/// Everybody in the mount namespace of a process.
-pub(crate) fn namespace_of(pid: i32) -> Vec<i32> {
+/// Everybody in the mount namespace of a process, without this attachment's own processes.
+pub(crate) fn namespace_of(pid: i32, own: Own) -> Vec<i32> {
     let Some(pid) = Pid::new(pid) else {
         return Vec::new();
     };
@@ -50,19 +53,19 @@ pub(crate) fn namespace_of(pid: i32) -> Vec<i32> {
             found
                 .processes
                 .into_iter()
+                .filter(|process| !own.includes(process.pid))
                 .map(|process| process.pid.as_raw())
                 .collect()
         })
         .unwrap_or_default()
 }
 
-/// This attachment's own processes, which are never targets: the server, and the holder, which shares its descriptor table.
-fn is_own(pid: Pid) -> bool {
-    pid == Pid::own() || census::shares_our_table(pid)
-}
-
 /// The processes to be stopped and moved.
-pub(crate) fn processes(target: ProcessId, scope: Scope) -> Result<Vec<ProcessId>, AttachError> {
+pub(crate) fn processes(
+    target: ProcessId,
+    scope: Scope,
+    own: Own,
+) -> Result<Vec<ProcessId>, AttachError> {
     let failed = |error| {
         AttachError::new(Step::Preflight, "the target's processes cannot be listed").because(error)
     };
@@ -75,7 +78,7 @@ pub(crate) fn processes(target: ProcessId, scope: Scope) -> Result<Vec<ProcessId
                 .processes
         }
     };
-    found.retain(|process| !is_own(process.pid));
+    found.retain(|process| !own.includes(process.pid));
     Ok(found)
 }
 
@@ -177,6 +180,7 @@ impl Engine {
         let survey = preflight::survey(
             self.config.pid,
             self.config.start_time,
+            self.config.own(),
             self.config.scope,
             &path,
             &self.config.state_dir,
@@ -202,11 +206,13 @@ impl Engine {
         } else {
             Vec::new()
         };
+        let not_covered = preflight::not_covered(&survey.elsewhere);
         let mut census = Some(census);
         let mut attempt = 1;
         loop {
             let mut moved = Moved {
                 degraded: degraded.clone(),
+                not_covered: not_covered.clone(),
                 ..Moved::default()
             };
             match self.attach_once(target, &volume, census.take(), &mut moved) {
@@ -232,6 +238,11 @@ impl Engine {
         }
     }
 
+    /// The processes to be stopped and moved now.
+    fn processes(&self, target: ProcessId) -> Result<Vec<ProcessId>, AttachError> {
+        processes(target, self.config.scope, self.config.own())
+    }
+
     /// Gives up a hook that nobody is on.
     fn withdraw(&mut self) -> Result<(), AttachError> {
         self.hook.as_mut().map_or(Ok(()), Hook::remove)?;
@@ -253,6 +264,7 @@ impl Engine {
             &self.config.id,
             std::sync::Arc::clone(&self.targets),
             std::sync::Arc::clone(&self.ledger),
+            std::sync::Arc::clone(&self.served),
         )?;
         self.record(&Record::Attachment {
             target: who(target),
@@ -262,8 +274,6 @@ impl Engine {
             hook_dev: hook.device().raw(),
             backing_dev: volume.device().raw(),
         })?;
-        self.board
-            .edit(|status| status.passthrough = hook.passthrough());
         self.hook = Some(hook);
         // The plan chooses how stand-ins are opened; until the hook is armed it sees nobody.
         let plan = self.first_plan()?;
@@ -273,12 +283,12 @@ impl Engine {
         fault_point::pass("served");
         let census = match census {
             Some(census) => census,
-            None => census::take(&processes(target, self.config.scope)?, &|facts| {
-                volume.holds(facts)
-            })
-            .map_err(|error| {
-                AttachError::new(Step::Census, "the target cannot be looked into").because(error)
-            })?,
+            None => census::take(&self.processes(target)?, &|facts| volume.holds(facts)).map_err(
+                |error| {
+                    AttachError::new(Step::Census, "the target cannot be looked into")
+                        .because(error)
+                },
+            )?,
         };
         Tracer::scope(|tracer| {
             self.move_in(tracer, target, volume, census, moved)
@@ -339,7 +349,7 @@ impl Engine {
         stand_ins: &mut StandIns,
         moved: &mut Moved,
     ) -> Result<(), AttachError> {
-        let list = processes(target, self.config.scope)?;
+        let list = self.processes(target)?;
         self.record(&Record::Stopping {
             processes: list.iter().map(|process| who(*process)).collect(),
         })?;
@@ -474,12 +484,13 @@ impl Engine {
 
     /// Children that were born while their parents were being stopped. Whoever came into the namespace from elsewhere is found after letting go.
     fn add_newborn(&self, stopped: &mut Stopped, deadline: Deadline) -> Result<(), AttachError> {
+        let own = self.config.own();
         for _ in 0..16 {
             let born: Vec<ProcessId> = stopped
                 .processes()
                 .iter()
                 .flat_map(|process| children(process.pid))
-                .filter(|child| !is_own(child.pid) && !stopped.processes().contains(child))
+                .filter(|child| !own.includes(child.pid) && !stopped.processes().contains(child))
                 .collect();
             if born.is_empty() {
                 return Ok(());
@@ -560,14 +571,12 @@ impl Engine {
         moved: &mut Moved,
     ) -> Result<(), AttachError> {
         for round in 0..=ROUNDS {
-            let mut list = processes(target, self.config.scope)?;
+            let mut list = self.processes(target)?;
             // Those whose parents have gone meanwhile are no descendants any more, and targets all the same.
-            let orphans = self.targets.processes();
-            list.extend(
-                orphans
-                    .into_iter()
-                    .filter(|process| !is_own(process.pid) && process.is_alive().unwrap_or(false)),
-            );
+            let own = self.config.own();
+            list.extend(self.targets.processes().into_iter().filter(|process| {
+                !own.includes(process.pid) && process.is_alive().unwrap_or(false)
+            }));
             list.sort_unstable();
             list.dedup();
             census

@@ -291,9 +291,8 @@ impl Engine {
     pub(crate) fn is_target(&self, process: ProcessId) -> bool {
         match self.config.scope {
             Scope::Tree => self.targets.contains(process.pid.as_raw()),
-            Scope::Namespace => {
-                crate::attaching::namespace_of(self.config.pid).contains(&process.pid.as_raw())
-            }
+            Scope::Namespace => crate::attaching::namespace_of(self.config.pid, self.config.own())
+                .contains(&process.pid.as_raw()),
         }
     }
 

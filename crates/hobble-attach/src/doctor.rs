@@ -6,6 +6,7 @@ use hobble_api::status::{Check, CheckOutcome, Verdict};
 
 use crate::inspect;
 use crate::options::InjectOptions;
+use crate::own::Own;
 
 fn check(name: &str, outcome: CheckOutcome, text: impl Into<String>, hint: Option<&str>) -> Check {
     Check {
@@ -75,15 +76,19 @@ fn kernel() -> Check {
         .release()
         .to_string_lossy()
         .into_owned();
-    match inspect::kernel_version() {
-        // pidfd_getfd and openat2 (5.6) are what cannot be done without; fsopen and move_mount came with 5.2.
-        Some(version) if version >= (5, 6) => ok("kernel", format!("Linux {release}")),
-        _ => check(
+    let lacking = match inspect::kernel_version() {
+        Some(version) => inspect::missing_features(version).join("; "),
+        None => "a version number that could be compared".to_owned(),
+    };
+    if lacking.is_empty() {
+        ok("kernel", format!("Linux {release}"))
+    } else {
+        check(
             "kernel",
             CheckOutcome::Fail,
-            format!("Linux {release} lacks pidfd_getfd and openat2"),
-            Some("Linux 5.6 or later is needed"),
-        ),
+            format!("Linux {release} lacks {lacking}"),
+            Some(inspect::NEEDED_VERSION),
+        )
     }
 }
 
@@ -167,18 +172,14 @@ fn ptrace() -> Check {
 }
 
 fn forks() -> Check {
-    if crate::scope::TargetSet::tree(Vec::new).follows_forks() {
+    if crate::scope::TargetSet::tree(Own::default(), Vec::new).follows_forks() {
         ok(
             "process events",
             "children of a target are seen as they are made",
         )
     } else {
-        check(
-            "process events",
-            CheckOutcome::Warn,
-            "the process-event connector is not available: a child whose parents have gone before its first operation is missed in tree scope",
-            Some("run in the host's network namespace, or use --scope namespace"),
-        )
+        let (text, hint) = inspect::NO_PROCESS_EVENTS;
+        check("process events", CheckOutcome::Warn, text, Some(hint))
     }
 }
 

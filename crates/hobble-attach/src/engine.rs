@@ -24,7 +24,7 @@ use crate::control::Command;
 use crate::error::{AttachError, Step};
 use crate::fault_point;
 use crate::holder::{DONE, NEEDS_RECOVERY};
-use crate::hook::Hook;
+use crate::hook::{Hook, Served};
 use crate::journal::{Journal, Record};
 use crate::ledger::Ledger;
 use crate::options::Lifetime;
@@ -50,6 +50,7 @@ pub(crate) struct Engine {
     pub(crate) board: Arc<Board>,
     pub(crate) targets: Arc<TargetSet>,
     pub(crate) hook: Option<Hook>,
+    pub(crate) served: Served,
     plan: PlanSlot,
     paused: bool,
     /// When rules were first turned on: the zero of every rule's window.
@@ -147,15 +148,16 @@ impl Engine {
         board: Arc<Board>,
         commands: Receiver<Command>,
     ) -> Self {
+        let own = config.own();
         let root = Pid::new(config.pid).map(|pid| ProcessId {
             pid,
             start_time: config.start_time,
         });
         let targets = match config.scope {
-            Scope::Namespace => TargetSet::everyone(),
-            Scope::Tree => {
-                TargetSet::tree(|| root.map_or_else(Vec::new, crate::attaching::tree_of))
-            }
+            Scope::Namespace => TargetSet::everyone(own.within_reach_of(config.pid)),
+            Scope::Tree => TargetSet::tree(own, || {
+                root.map_or_else(Vec::new, |root| crate::attaching::tree_of(root, own))
+            }),
         };
         Self {
             config,
@@ -164,6 +166,7 @@ impl Engine {
             board,
             targets,
             hook: None,
+            served: Served::default(),
             plan: PlanSlot::default(),
             paused: false,
             began: None,
@@ -186,10 +189,19 @@ impl Engine {
         move || rule_counts(&plan)
     }
 
+    /// Whether files are passed through now, from any thread; `None` without a hook.
+    pub(crate) fn passthrough(&self) -> impl Fn() -> Option<bool> + Send + Sync + 'static {
+        let served = Arc::clone(&self.served);
+        move || {
+            let served = served.lock().unwrap_or_else(PoisonError::into_inner);
+            served.as_ref().map(hobble_mirror::Mirror::passthrough)
+        }
+    }
+
     /// The pids to show as targets, from any thread.
     pub(crate) fn targets(&self) -> impl Fn() -> Vec<i32> + Send + Sync + 'static {
         let targets = Arc::clone(&self.targets);
-        let (pid, scope) = (self.config.pid, self.config.scope);
+        let (pid, scope, own) = (self.config.pid, self.config.scope, self.config.own());
         move || match scope {
             Scope::Tree => {
                 let mut pids: Vec<i32> = targets
@@ -201,7 +213,7 @@ impl Engine {
                 pids.sort_by_key(|known| *known != pid);
                 pids
             }
-            Scope::Namespace => crate::attaching::namespace_of(pid),
+            Scope::Namespace => crate::attaching::namespace_of(pid, own),
         }
     }
 
@@ -386,7 +398,10 @@ impl Engine {
                 .processes()
                 .into_iter()
                 .any(|process| process.is_alive().unwrap_or(true)),
-            Scope::Namespace => self.hook.as_ref().is_none_or(Hook::namespace_is_inhabited),
+            Scope::Namespace => self
+                .hook
+                .as_ref()
+                .is_none_or(|hook| hook.namespace_is_inhabited(self.config.own())),
         }
     }
 

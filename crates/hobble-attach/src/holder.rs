@@ -57,7 +57,7 @@ fn prepare() -> Result<(ServeConfig, UnixStream), String> {
         .map_err(|error| format!("read the configuration: {error}"))?;
     let config: ServeConfig =
         serde_json::from_str(&line).map_err(|error| format!("the configuration: {error}"))?;
-    crate::fault_point::arm_from_environment()?;
+    crate::fault_point::arm_from_environment(config.target())?;
     // Whatever leads a terminal or a service must not take the holder with it.
     let _ = rustix::process::setsid();
     let null = File::options()

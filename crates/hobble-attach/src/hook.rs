@@ -7,8 +7,8 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use hobble_api::status::NotCovered;
@@ -25,6 +25,7 @@ use hobble_rules::Plan;
 
 use crate::error::{AttachError, Step};
 use crate::ledger::{Entry, Ledger};
+use crate::own::Own;
 use crate::scope::TargetSet;
 use crate::volume::{self, Volume};
 use hobble_graft::mounts::{Covering, MountsError, PropagationRecord};
@@ -61,6 +62,10 @@ impl Callers for Audience {
     }
 }
 
+/// The mirror that is served now, for whoever gives a status: whether it passes files through is known only once it has opened some. Emptied by the
+/// hook's end, so that it keeps nothing open.
+pub(crate) type Served = Arc<Mutex<Option<Mirror>>>;
+
 /// A served mirror and its mount.
 pub(crate) struct Hook {
     server: Server,
@@ -77,6 +82,13 @@ pub(crate) struct Hook {
     volume: Volume,
     looked: Instant,
     lost: bool,
+    served: Served,
+}
+
+impl Drop for Hook {
+    fn drop(&mut self) {
+        *self.served.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
 }
 
 /// Features switched off by `HOBBLE_MASK`, a list of names in any case such as `passthrough,has_resend`; for tests.
@@ -111,8 +123,25 @@ pub(crate) fn source(id: &str) -> String {
     format!("hobble-{id}")
 }
 
-/// Makes a connection with a service that answers nothing, to see what the kernel offers.
+/// Whether the kernel offers passthrough at all.
 pub(crate) fn probe() -> Result<bool, AttachError> {
+    probing(hobble_fuse::Config::default().max_stack_depth, |server| {
+        server.negotiated().features.contains(Features::PASSTHROUGH)
+    })
+}
+
+/// Registers a file of the volume as the mirror would register it; gives the kernel's refusal. The file may be open with `O_PATH`.
+pub(crate) fn probe_backing(
+    file: BorrowedFd<'_>,
+    volume: &Volume,
+) -> Result<Option<hobble_fuse::Errno>, AttachError> {
+    probing(volume.max_stack_depth(), |server| {
+        server.kernel().backing_open(file).err()
+    })
+}
+
+/// Makes a connection with a service that answers nothing, to see what the kernel offers.
+fn probing<T>(max_stack_depth: u32, look: impl FnOnce(&Server) -> T) -> Result<T, AttachError> {
     struct Nobody;
     impl Service for Nobody {
         fn call(&self, _request: hobble_fuse::Request, reply: hobble_fuse::Reply) {
@@ -127,18 +156,19 @@ pub(crate) fn probe() -> Result<bool, AttachError> {
     let config = hobble_fuse::Config {
         mask: mask()?,
         readers: 1,
+        max_stack_depth,
         ..hobble_fuse::Config::default()
     };
     let server = Server::start(new.device, Arc::new(Nobody), &config)
         .map_err(|error| failed(error.into()))?;
-    let passthrough = server.negotiated().features.contains(Features::PASSTHROUGH);
+    let seen = look(&server);
     drop(new.mount);
     if !server.wait(Duration::from_secs(2)) {
         tracing::debug!(
             "the kernel is slow to let go of a filesystem that was made to see what it offers"
         );
     }
-    Ok(passthrough)
+    Ok(seen)
 }
 
 impl Hook {
@@ -148,6 +178,7 @@ impl Hook {
         id: &str,
         targets: Arc<TargetSet>,
         ledger: Arc<Ledger>,
+        served: Served,
     ) -> Result<Self, AttachError> {
         let failed = |what: &str| {
             let what = what.to_owned();
@@ -182,12 +213,13 @@ impl Hook {
         let serving = hobble_fuse::Config {
             features: Mirror::features(),
             mask,
-            max_stack_depth: volume.stack_depth() + 1,
+            max_stack_depth: volume.max_stack_depth(),
             ..hobble_fuse::Config::default()
         };
         let server = Server::start(new.device, Arc::new(mirror.clone()), &serving)
             .map_err(|error| failed("serve the mirror")(error.into()))?;
         let connection = new.connection;
+        *served.lock().unwrap_or_else(PoisonError::into_inner) = Some(mirror.clone());
         Ok(Self {
             server,
             mirror,
@@ -204,6 +236,7 @@ impl Hook {
             volume: volume.clone(),
             looked: Instant::now(),
             lost: false,
+            served,
         })
     }
 
@@ -217,10 +250,6 @@ impl Hook {
 
     pub(crate) fn volume(&self) -> &Volume {
         &self.volume
-    }
-
-    pub(crate) fn passthrough(&self) -> bool {
-        self.mirror.passthrough()
     }
 
     pub(crate) fn is_placed(&self) -> bool {
@@ -392,9 +421,9 @@ impl Hook {
         self.lost
     }
 
-    /// Whether any process is left in the target's mount namespace.
-    pub(crate) fn namespace_is_inhabited(&self) -> bool {
-        self.volume.is_inhabited()
+    /// Whether any process but our own is left in the target's mount namespace.
+    pub(crate) fn namespace_is_inhabited(&self, own: Own) -> bool {
+        self.volume.is_inhabited(own)
     }
 
     /// Whether the connection lives.

@@ -34,6 +34,51 @@ pub(crate) const CAPABILITIES: &[(u32, &str, &str)] = &[
     ),
 ];
 
+/// What attaching cannot do without, by the version of the kernel that brought it. The rest is asked for where it is used and done without.
+const NEEDED: &[(Version, &str)] = &[
+    ((5, 2), "fsopen(2) and move_mount(2)"),
+    ((5, 6), "pidfd_getfd(2) and openat2(2)"),
+    (
+        (5, 8),
+        "STATX_MNT_ID and STATX_ATTR_MOUNT_ROOT of statx(2), which tell what lies on the volume's mount",
+    ),
+    (
+        (5, 12),
+        "mount_setattr(2), which keeps the hook from spreading",
+    ),
+];
+
+/// The hint for a kernel that lacks something of [`missing_features`].
+pub(crate) const NEEDED_VERSION: &str = "Linux 5.12 or later is needed";
+
+/// Kernel release as (major, minor).
+pub(crate) type Version = (u32, u32);
+
+/// What a kernel of this version lacks of what attaching cannot do without.
+pub(crate) fn missing_features(version: Version) -> Vec<&'static str> {
+    NEEDED
+        .iter()
+        .filter(|(since, _)| version < *since)
+        .map(|(_, feature)| *feature)
+        .collect()
+}
+
+/// Whether a thread that is stopped inside a restartable sequence can be told from others (PTRACE_GET_RSEQ_CONFIGURATION).
+pub(crate) fn tells_rseq(version: Version) -> bool {
+    version >= (5, 13)
+}
+
+/// Whether a mount can be given back the peer group that it was in (MOVE_MOUNT_SET_GROUP).
+pub(crate) fn gives_back_groups(version: Version) -> bool {
+    version >= (5, 15)
+}
+
+/// What is missed in `tree` scope where process events cannot be had (see `scope`), and the hint.
+pub(crate) const NO_PROCESS_EVENTS: (&str, &str) = (
+    "the process-event connector is not available: a child whose parents have gone before its first operation is missed in tree scope",
+    "run in the host's network namespace, or use --scope namespace",
+);
+
 /// The start time of a process, which together with its pid names it for ever.
 pub(crate) fn start_time(pid: i32) -> Result<u64, AttachError> {
     let no_such = || {
@@ -82,8 +127,8 @@ pub(crate) fn under_seccomp() -> bool {
     own_status("Seccomp").is_some_and(|mode| mode != "0")
 }
 
-/// Kernel release as (major, minor).
-pub(crate) fn kernel_version() -> Option<(u32, u32)> {
+/// The version of the running kernel; `None` when its release is not numbered as Linux's are.
+pub(crate) fn kernel_version() -> Option<Version> {
     let uname = rustix::system::uname();
     let release = uname.release().to_str().ok()?;
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
@@ -100,4 +145,26 @@ pub(crate) fn comm(pid: i32) -> String {
     fs::read(format!("/proc/{pid}/comm"))
         .map(|name| String::from_utf8_lossy(name.trim_ascii_end()).into_owned())
         .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_is_too_old_for_each_feature_that_it_lacks() {
+        assert_eq!(missing_features((2, 6)).len(), NEEDED.len());
+        let lacks = |version, feature: &str| {
+            missing_features(version)
+                .iter()
+                .any(|missing| missing.contains(feature))
+        };
+        assert!(lacks((5, 5), "pidfd_getfd") && !lacks((5, 6), "pidfd_getfd"));
+        assert!(lacks((5, 7), "STATX_MNT_ID") && lacks((5, 7), "STATX_ATTR_MOUNT_ROOT"));
+        assert!(!lacks((5, 8), "STATX_MNT_ID") && lacks((5, 11), "mount_setattr"));
+        assert_eq!(missing_features((5, 12)), Vec::<&str>::new());
+        assert_eq!(missing_features((6, 0)), Vec::<&str>::new());
+        let newest = NEEDED.iter().map(|(since, _)| *since).max().unwrap();
+        assert!(NEEDED_VERSION.contains(&format!("{}.{}", newest.0, newest.1)));
+    }
 }

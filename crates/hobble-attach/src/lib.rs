@@ -36,6 +36,7 @@ mod list;
 mod lock_keeper;
 mod options;
 mod originals;
+mod own;
 mod preflight;
 mod process_events;
 mod recover;

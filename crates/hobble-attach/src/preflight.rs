@@ -3,24 +3,27 @@
 //! Invariant: nothing is stopped, mounted or written here; the descriptors that a census takes are our own duplicates and are dropped at
 //! the end. The engine runs the very same survey again before its first step, so what `--dry-run` prints is what is executed.
 
+mod machine;
+mod processes;
+mod reasons;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use hobble_api::exit::ExitCode;
-use hobble_api::status::{AffectedProcess, Preflight, Reason, Scope, Verdict};
-use hobble_graft::census::{self, Census, NotCovered};
+use hobble_api::status::{AffectedProcess, Preflight, Scope, Verdict};
+use hobble_graft::census::{self, Census};
 use hobble_graft::ids::{Pid, ProcessId};
-use hobble_graft::proc::condition::{self, WordSize};
-use hobble_graft::proc::locks::LockClass;
-use hobble_graft::proc::status::Seccomp;
 
 use crate::error::{AttachError, Step};
 use crate::inspect;
 use crate::options::InjectOptions;
+use crate::own::Own;
 use crate::volume::Volume;
-
-/// Descriptors that a server needs besides those it keeps for the target.
-const OWN_DESCRIPTORS: u64 = 256;
+use machine::{backing, machine, propagation};
+use processes::{OUTSIDE, OUTSIDE_HINT, fitness, holdings, named, ourselves, outside};
+pub(crate) use processes::{describe, not_covered};
+use reasons::{Reasons, exit_of};
 
 /// What a survey found.
 pub(crate) struct Survey {
@@ -30,48 +33,10 @@ pub(crate) struct Survey {
     pub(crate) volume: Option<Volume>,
     /// What they hold of the volume.
     pub(crate) census: Option<Census>,
+    /// Targets that do not live in the volume's mount namespace.
+    pub(crate) elsewhere: Vec<ProcessId>,
     /// The first reason to refuse, as an error.
     pub(crate) refusal: Option<AttachError>,
-}
-
-#[derive(Default)]
-struct Reasons {
-    refuse: Vec<(Reason, ExitCode)>,
-    degraded: Vec<Reason>,
-}
-
-impl Reasons {
-    fn refuse(&mut self, code: &str, text: impl Into<String>, hint: Option<&str>) {
-        self.refuse_with(code, text, hint, ExitCode::Failed);
-    }
-
-    fn refuse_with(
-        &mut self,
-        code: &str,
-        text: impl Into<String>,
-        hint: Option<&str>,
-        exit: ExitCode,
-    ) {
-        self.refuse.push((
-            Reason {
-                code: code.to_owned(),
-                text: text.into(),
-                hint: hint.map(str::to_owned),
-            },
-            exit,
-        ));
-    }
-
-    fn degrade(&mut self, code: &str, text: impl Into<String>, hint: Option<&str>) {
-        let reason = Reason {
-            code: code.to_owned(),
-            text: text.into(),
-            hint: hint.map(str::to_owned),
-        };
-        if !self.degraded.contains(&reason) {
-            self.degraded.push(reason);
-        }
-    }
 }
 
 /// Looks at kernel, target and volume, and says whether and how an attachment would work.
@@ -83,6 +48,7 @@ pub fn preflight(options: &InjectOptions) -> Result<Preflight, AttachError> {
     Ok(survey(
         options.pid,
         start,
+        Own::new(ProcessId::own().ok()),
         options.scope,
         &options.path,
         &options.state_dir,
@@ -94,12 +60,13 @@ pub fn preflight(options: &InjectOptions) -> Result<Preflight, AttachError> {
 pub(crate) fn survey(
     pid: i32,
     start: u64,
+    own: Own,
     scope: Scope,
     path: &Path,
     state_dir: &Path,
 ) -> Result<Survey, AttachError> {
     let mut reasons = Reasons::default();
-    machine(&mut reasons);
+    let offers_passthrough = machine(&mut reasons);
     let target = Pid::new(pid)
         .map(|pid| ProcessId {
             pid,
@@ -109,9 +76,14 @@ pub(crate) fn survey(
             AttachError::new(Step::Preflight, format!("{pid} is not a process id"))
                 .exiting(ExitCode::Usage)
         })?;
-    fitness(target, true, &mut reasons);
+    fitness(target, true, own, &mut reasons);
+    if scope == Scope::Tree && !crate::scope::TargetSet::tree(own, Vec::new).follows_forks() {
+        let (text, hint) = inspect::NO_PROCESS_EVENTS;
+        reasons.degrade("process_events", text, Some(hint));
+    }
     let mut volume = None;
     let mut census = None;
+    let mut elsewhere = Vec::new();
     if reasons.refuse.is_empty() {
         match Volume::resolve(target, path) {
             Ok(found) => {
@@ -122,6 +94,10 @@ pub(crate) fn survey(
                         reasons.degrade(code, text, hint)
                     }
                 });
+                if let Some(version) = inspect::kernel_version() {
+                    let around = found.propagation_around();
+                    propagation(version, around, &found.display(), &mut reasons);
+                }
                 volume = Some(found);
             }
             Err(error) => {
@@ -136,15 +112,24 @@ pub(crate) fn survey(
         }
     }
     if let Some(volume) = volume.as_ref().filter(|_| reasons.refuse.is_empty()) {
-        let processes = crate::attaching::processes(target, scope)?;
+        let processes = crate::attaching::processes(target, scope, own)?;
+        ourselves(own, &processes, volume, &mut reasons);
         for process in &processes {
             if *process != target {
-                fitness(*process, false, &mut reasons);
+                fitness(*process, false, own, &mut reasons);
             }
+        }
+        elsewhere = outside(&processes, volume);
+        if !elsewhere.is_empty() {
+            let text = format!("{} {OUTSIDE}", named(&elsewhere));
+            reasons.degrade("other_namespace", text, Some(OUTSIDE_HINT));
         }
         match census::take(&processes, &|facts| volume.holds(facts)) {
             Ok(taken) => {
                 holdings(&taken, volume, &mut reasons);
+                if offers_passthrough && reasons.refuse.is_empty() {
+                    backing(&taken, volume, &mut reasons);
+                }
                 census = Some(taken);
             }
             Err(error) => reasons.refuse(
@@ -187,6 +172,7 @@ pub(crate) fn survey(
         },
         volume,
         census,
+        elsewhere,
         refusal,
     })
 }
@@ -201,224 +187,6 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
         next = error.source();
     }
     text
-}
-
-fn machine(reasons: &mut Reasons) {
-    let missing = inspect::missing_capabilities();
-    if !missing.is_empty() {
-        let list: Vec<String> = missing
-            .iter()
-            .map(|(name, why)| format!("{name} ({why})"))
-            .collect();
-        reasons.refuse(
-            "capabilities",
-            format!("missing capabilities: {}", list.join(", ")),
-            Some("run hobble as root"),
-        );
-    }
-    if inspect::kernel_version().is_some_and(|version| version < (5, 6)) {
-        reasons.refuse(
-            "kernel",
-            "the kernel lacks pidfd_getfd(2) and openat2(2)",
-            Some("Linux 5.6 or later is needed"),
-        );
-    }
-    if !missing.is_empty() {
-        return;
-    }
-    match crate::server::probe() {
-        Ok(true) => {}
-        Ok(false) => reasons.degrade(
-            "no_passthrough",
-            "the kernel offers no FUSE passthrough: every read and write goes through the server, mapped files are kept coherent only among users of the hook",
-            Some("Linux 6.9 or later with CONFIG_FUSE_PASSTHROUGH"),
-        ),
-        Err(error) => reasons.refuse("fuse", chain(&error), Some("`hobble doctor` tells more")),
-    }
-}
-
-/// The exit code of a refusal: that the target has gone matters more than what else is wrong.
-fn exit_of(refusals: &[(Reason, ExitCode)]) -> Option<ExitCode> {
-    let vanished = refusals
-        .iter()
-        .any(|(_, exit)| *exit == ExitCode::TargetVanished);
-    if vanished {
-        Some(ExitCode::TargetVanished)
-    } else {
-        refusals.first().map(|(_, exit)| *exit)
-    }
-}
-
-/// Whether a process can be stopped and worked on.
-fn fitness(process: ProcessId, named: bool, reasons: &mut Reasons) {
-    let pid = process.pid;
-    let condition = match condition::of(process) {
-        Ok(condition) => condition,
-        Err(error) if error.is_gone() => {
-            if named {
-                reasons.refuse_with(
-                    "gone",
-                    format!("process {pid} has exited"),
-                    None,
-                    ExitCode::TargetVanished,
-                );
-            }
-            return;
-        }
-        Err(error) => {
-            return reasons.refuse(
-                "inspect",
-                format!("process {pid} cannot be looked at: {}", chain(&error)),
-                None,
-            );
-        }
-    };
-    let comm = inspect::comm(pid.as_raw());
-    let who = format!("process {pid} ({comm})");
-    if condition.is_kernel_thread {
-        return reasons.refuse(
-            "kernel_thread",
-            format!("{who} is a thread of the kernel"),
-            None,
-        );
-    }
-    if condition.is_zombie || condition.is_exiting {
-        if named {
-            let hint = "it has no files any more; its parent has only to wait for it";
-            reasons.refuse_with(
-                "zombie",
-                format!("{who} has ended and is a zombie"),
-                Some(hint),
-                ExitCode::TargetVanished,
-            );
-        }
-        return;
-    }
-    if pid == Pid::own() {
-        return reasons.refuse("own", format!("{who} is this very process"), None);
-    }
-    if let Some(tracer) = condition.tracer {
-        let tracer = tracer.as_raw();
-        reasons.refuse(
-            "traced",
-            format!(
-                "{who} is already traced by process {tracer} ({})",
-                inspect::comm(tracer)
-            ),
-            Some("end the debugger, strace or other attachment first"),
-        );
-    }
-    if condition.word_size == Some(WordSize::Bits32) {
-        reasons.refuse(
-            "word_size",
-            format!("{who} is a 32-bit program, which cannot be moved"),
-            None,
-        );
-    }
-    if condition.is_frozen == Some(true) {
-        reasons.refuse(
-            "frozen",
-            format!("{who} is frozen by its cgroup and cannot be stopped for the exchange"),
-            Some("thaw the cgroup first"),
-        );
-    }
-    if condition.is_stopped {
-        reasons.degrade(
-            "stopped",
-            format!("{who} is stopped; it stays so"),
-            Some("kill -CONT lets it go on"),
-        );
-    }
-    if condition.status.seccomp != Seccomp::Disabled && inspect::under_seccomp() {
-        reasons.refuse(
-            "seccomp",
-            format!("{who} has a seccomp filter, and hobble runs under one itself, so it may not suspend the target's"),
-            Some("run hobble without SystemCallFilter, or with seccomp=unconfined"),
-        );
-    }
-}
-
-/// What the target holds that cannot be moved, or only with losses.
-fn holdings(census: &Census, volume: &Volume, reasons: &mut Reasons) {
-    // Each moved description: the census's copy, the one that is kept, and the stand-in; fewer as soon as the target goes on.
-    let needed =
-        (census.descriptions().len() + census.mapped_files().len()) as u64 * 3 + OWN_DESCRIPTORS;
-    if let Some(limit) = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum
-        && needed > limit
-    {
-        reasons.refuse(
-            "descriptors",
-            format!("about {needed} open files are needed while the target is moved, the hard limit is {limit}"),
-            Some("raise hobble's hard limit (ulimit -Hn, LimitNOFILE=)"),
-        );
-    }
-    let posix = census
-        .descriptions()
-        .flat_map(|description| &description.locks)
-        .any(|held| held.lock.class == LockClass::Posix);
-    if posix {
-        reasons.degrade(
-            "fcntl_locks",
-            "the target holds POSIX locks: while they are handed over another process could take a read lock on them, and a program that keys its own lock table by st_dev \
-             sees files opened before and after as different",
-            Some("hobble keeps such descriptors apart; see docs/specification.md"),
-        );
-    }
-    for not_covered in census.not_covered() {
-        let (code, text) = describe(not_covered, volume);
-        if let Some(text) = text {
-            reasons.degrade(code, text, None);
-        }
-    }
-}
-
-/// A short name and a sentence for something that is not moved; no sentence when it does not concern the volume.
-pub(crate) fn describe(
-    not_covered: &NotCovered,
-    volume: &Volume,
-) -> (&'static str, Option<String>) {
-    match not_covered {
-        NotCovered::InFlight {
-            fd, descriptors, ..
-        } => (
-            "in_flight",
-            Some(format!(
-                "{descriptors} descriptors wait unreceived in socket {fd}; should they be of the volume, they arrive native"
-            )),
-        ),
-        NotCovered::IoUring { fd, files, .. } => (
-            "io_uring",
-            Some(format!(
-                "io_uring {fd} has {files} registered files, which stay native; operations through descriptors are covered"
-            )),
-        ),
-        NotCovered::Aio { .. } => (
-            "aio",
-            Some("kernel AIO is in use: operations in flight finish on the native file".to_owned()),
-        ),
-        NotCovered::Lease { .. } => (
-            "lease",
-            Some("a lease is held, which a file on the hook cannot have".to_owned()),
-        ),
-        NotCovered::Inotify { fd, watches, .. } => {
-            let here = watches
-                .iter()
-                .filter(|(device, _)| volume.is_on(*device))
-                .count();
-            ("inotify", (here > 0).then(|| format!("inotify {fd} has {here} watches on the volume's filesystem; they see what reaches the backing files")))
-        }
-        NotCovered::Fanotify { fd, .. } => (
-            "fanotify",
-            Some(format!("fanotify {fd} sees what reaches the backing files")),
-        ),
-        NotCovered::Executable { process, .. } => (
-            "executable",
-            Some(format!(
-                "the program of process {process} lies in the volume; /proc/{process}/exe stays native"
-            )),
-        ),
-        _ => ("other", None),
-    }
 }
 
 fn affected(census: &Census) -> Vec<AffectedProcess> {

@@ -1,6 +1,7 @@
 //! Who is a target: the answer that the mirror asks for at every operation that a rule might match.
 //!
 //! Invariants: in `tree` scope a process is a target from its fork on, whatever becomes of its parents; a process that only got the pid of one is none.
+//! Hobble's own processes ([`Own`]) are never targets, whoever started them.
 //!
 //! The process-event connector ([`crate::process_events`]) reports every fork before the child first runs (kernel/fork.c: `proc_fork_connector` precedes
 //! `wake_up_new_task`), so draining it before deciding on an unknown caller makes a double-forked daemon a target. It reports every exit too, so with it a
@@ -16,6 +17,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use hobble_graft::ids::{Pid, ProcessId, Tid};
 use hobble_graft::proc::{stat, status};
+
+use crate::own::Own;
 
 use crate::process_events::{Connector, ProcessEvent};
 
@@ -65,7 +68,7 @@ impl Tree {
     }
 
     /// Whether a process or one of its parents is a member; whoever is in between becomes one.
-    fn has_above(&mut self, process: Pid) -> bool {
+    fn has_above(&mut self, process: Pid, own: Own) -> bool {
         let mut chain: Vec<ProcessId> = Vec::new();
         let mut next = process;
         for _ in 0..LONGEST_CHAIN {
@@ -92,7 +95,9 @@ impl Tree {
             }
             chain.push(found);
             match Pid::new(stat.parent) {
-                Some(parent) if parent.as_raw() > 1 => next = parent,
+                Some(parent) if parent.as_raw() > 1 && !own.acts_as(parent.as_raw()) => {
+                    next = parent
+                }
                 _ => return false,
             }
         }
@@ -159,22 +164,24 @@ fn has_other_threads(process: Pid, thread: i32) -> bool {
 #[derive(Debug)]
 pub(crate) struct TargetSet {
     everyone: bool,
+    own: Own,
     connector: Option<Connector>,
     tree: Mutex<Tree>,
 }
 
 impl TargetSet {
     /// Everybody who reaches the hook is a target (`--scope namespace`).
-    pub(crate) fn everyone() -> Arc<Self> {
+    pub(crate) fn everyone(own: Own) -> Arc<Self> {
         Arc::new(Self {
             everyone: true,
+            own,
             connector: None,
             tree: Mutex::default(),
         })
     }
 
     /// These processes and all their later descendants. The subscription is made before `list` is called, so that no fork falls between.
-    pub(crate) fn tree(list: impl FnOnce() -> Vec<ProcessId>) -> Arc<Self> {
+    pub(crate) fn tree(own: Own, list: impl FnOnce() -> Vec<ProcessId>) -> Arc<Self> {
         let connector = match Connector::subscribe() {
             Ok(connector) => Some(connector),
             Err(error) => {
@@ -182,12 +189,13 @@ impl TargetSet {
                 None
             }
         };
-        Self::with(connector, list())
+        Self::with(own, connector, list())
     }
 
-    fn with(connector: Option<Connector>, list: Vec<ProcessId>) -> Arc<Self> {
+    fn with(own: Own, connector: Option<Connector>, list: Vec<ProcessId>) -> Arc<Self> {
         Arc::new(Self {
             everyone: false,
+            own,
             connector,
             tree: Mutex::new(Tree::of(list)),
         })
@@ -227,7 +235,11 @@ impl TargetSet {
                 child,
             } => {
                 if let (Some(parent), Some(child)) = (Pid::new(parent), Pid::new(child)) {
-                    tree.forked(parent, child_thread, child);
+                    // A new thread is reported with its process's own parent (kernel/fork.c, CLONE_THREAD), so a command of ours that the target started
+                    // comes here with each of its threads.
+                    if !self.own.acts_as(child.as_raw()) {
+                        tree.forked(parent, child_thread, child);
+                    }
                 }
             }
             ProcessEvent::Exit { thread, process } => {
@@ -248,7 +260,7 @@ impl TargetSet {
     /// Whether the thread belongs to a target. One look into a map for a thread that is known, where the connector tells when it ends.
     pub(crate) fn contains(&self, tid: i32) -> bool {
         if self.everyone {
-            return true;
+            return !self.own.caller_has_thread(tid);
         }
         // Where nobody tells of its end, the answer that is known for a thread id counts for the thread that it was found for, and for no other: its start time
         // is read every time. That is a few microseconds for each operation on top of the two context switches of a FUSE request; to trust the id for a
@@ -274,7 +286,7 @@ impl TargetSet {
         else {
             return false;
         };
-        let is_target = tree.has_above(process);
+        let is_target = !self.own.acts_as(process.as_raw()) && tree.has_above(process, self.own);
         if start.is_some() && tree.threads.len() >= MOST_THREADS {
             tree.threads.clear();
         }
@@ -355,7 +367,7 @@ mod tests {
     #[test]
     fn without_events_descendants_are_found_by_their_parents() {
         let (shell, child) = parent_and_child();
-        let set = TargetSet::with(None, vec![id(&shell.0)]);
+        let set = TargetSet::with(Own::default(), None, vec![id(&shell.0)]);
         assert!(!set.follows_forks());
         let stranger = Process::sleeping();
         assert!(set.contains(child), "a child of a target");
@@ -386,13 +398,13 @@ mod tests {
             ..now
         };
         for connector in [None, Connector::subscribe().ok()] {
-            let set = TargetSet::with(connector, vec![before]);
+            let set = TargetSet::with(Own::default(), connector, vec![before]);
             assert_eq!(
                 (set.contains(shell.pid()), set.contains(child)),
                 (false, false)
             );
         }
-        let set = TargetSet::with(None, vec![before]);
+        let set = TargetSet::with(Own::default(), None, vec![before]);
         assert_eq!(set.processes(), [], "it has ended");
         kill(child);
     }
@@ -400,7 +412,7 @@ mod tests {
     #[test]
     fn without_events_what_is_known_of_a_thread_id_does_not_outlive_the_thread() {
         let (target, stranger) = (Process::sleeping(), Process::sleeping());
-        let set = TargetSet::with(None, vec![id(&target.0)]);
+        let set = TargetSet::with(Own::default(), None, vec![id(&target.0)]);
         // Both ids were somebody else's when they were asked about first.
         {
             let mut tree = set.tree.lock().expect("lock");
@@ -452,7 +464,7 @@ mod tests {
             .stdout(Stdio::piped())
             .spawn()
             .expect("sh");
-        let set = TargetSet::tree(|| vec![id(&shell)]);
+        let set = TargetSet::tree(Own::default(), || vec![id(&shell)]);
         assert!(
             set.follows_forks(),
             "the process-event connector is needed for this test"
@@ -483,5 +495,40 @@ mod tests {
         let _ = shell.kill();
         let _ = shell.wait();
         assert_eq!(seen, (true, false, true));
+    }
+
+    #[test]
+    fn the_caller_is_no_target_though_its_shell_is_one() {
+        // A shell, the command that it runs, and what that starts: as with `hobble inject --pid $$`.
+        let mut shell = Command::new("sh")
+            .args(["-c", "sh -c 'sleep 30 >/dev/null & echo $! $$; wait'; :"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("sh");
+        use std::io::BufRead;
+        let mut line = String::new();
+        std::io::BufReader::new(shell.stdout.take().expect("stdout"))
+            .read_line(&mut line)
+            .expect("read");
+        let pids: Vec<i32> = line
+            .split_ascii_whitespace()
+            .map(|pid| pid.parse().expect("pid"))
+            .collect();
+        let (below, caller, above) = (pids[0], pids[1], shell.id() as i32);
+        let of_caller = ProcessId::of(Pid::new(caller).expect("a pid"));
+        let own = Own::new(Some(of_caller.expect("it runs")));
+        let tree = TargetSet::tree(own, || vec![id(&shell)]);
+        let everyone = TargetSet::everyone(own);
+        let seen = [above, caller, below].map(|pid| (tree.contains(pid), everyone.contains(pid)));
+        for pid in [below, caller] {
+            let _ = rustix::process::kill_process(
+                rustix::process::Pid::from_raw(pid).expect("pid"),
+                rustix::process::Signal::KILL,
+            );
+        }
+        let _ = shell.kill();
+        let _ = shell.wait();
+        // What the caller started lives in the same namespace, where everybody else is a target.
+        assert_eq!(seen, [(true, true), (false, false), (false, true)]);
     }
 }

@@ -119,10 +119,14 @@ pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32
     );
     let counters = engine.counters();
     let targets = engine.targets();
+    let passthrough = engine.passthrough();
     let front = Front {
         board: Arc::clone(&board),
         refresh: Box::new(move |status| {
             status.rules = counters();
+            if let Some(passthrough) = passthrough() {
+                status.passthrough = passthrough;
+            }
             status.targets = targets()
                 .into_iter()
                 .filter_map(|pid| {

@@ -14,11 +14,14 @@ use std::time::Duration;
 use hobble_api::event::Event;
 use hobble_api::exit::ExitCode;
 use hobble_api::status::Scope;
+use hobble_graft::ids::{Pid, ProcessId};
 use serde::{Deserialize, Serialize};
 
 use crate::client::{Client, Events};
 use crate::error::{AttachError, Step};
+use crate::journal::Who;
 use crate::options::{InjectOptions, Lifetime};
+use crate::own::Own;
 use crate::state_dir::{AttachmentDir, StateDir};
 
 /// The hidden first argument that turns the program into holder and server.
@@ -35,6 +38,8 @@ pub(crate) struct ServeConfig {
     pub(crate) state_dir: PathBuf,
     pub(crate) pid: i32,
     pub(crate) start_time: u64,
+    /// Who asks for the attachment, and is no target of it.
+    pub(crate) caller: Who,
     pub(crate) scope: Scope,
     /// Bytes of the path as the target sees it.
     pub(crate) path: Vec<u8>,
@@ -46,6 +51,22 @@ pub(crate) struct ServeConfig {
 }
 
 impl ServeConfig {
+    /// The process that was named.
+    pub(crate) fn target(&self) -> Option<ProcessId> {
+        Pid::new(self.pid).map(|pid| ProcessId {
+            pid,
+            start_time: self.start_time,
+        })
+    }
+
+    /// The processes that are no targets.
+    pub(crate) fn own(&self) -> Own {
+        Own::new(Pid::new(self.caller.pid).map(|pid| ProcessId {
+            pid,
+            start_time: self.caller.start,
+        }))
+    }
+
     pub(crate) fn lifetime(&self) -> Lifetime {
         self.lifetime_ms.map_or(Lifetime::Forever, |ms| {
             Lifetime::For(Duration::from_millis(ms))
@@ -111,6 +132,7 @@ pub fn inject(options: &InjectOptions) -> Result<Session, AttachError> {
         state_dir: options.state_dir.clone(),
         pid: options.pid,
         start_time,
+        caller: crate::server::who(rustix::process::getpid())?,
         scope: options.scope,
         path: std::os::unix::ffi::OsStrExt::as_bytes(options.path.as_os_str()).to_vec(),
         document: options

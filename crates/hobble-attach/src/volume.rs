@@ -16,13 +16,19 @@ use hobble_graft::ids::{Device, ProcessId};
 use hobble_graft::mounts::{
     self, Covering, Filesystem, Location, MountNamespace, MountsError, PropagationRecord,
 };
+use hobble_graft::proc::mountinfo::Propagation;
 use hobble_graft::proc::{mountinfo, tree};
+use rustix::fs::{FileType, Mode, OFlags};
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{AttachError, Step};
+use crate::own::Own;
 
 /// How long one piece of work in a mount namespace may take.
 const WITHIN: Duration = Duration::from_secs(5);
+
+/// Names of a directory among which a regular file is looked for.
+const LOOKED_AT: usize = 1000;
 
 /// Filesystem types that hold no data of a program.
 const PSEUDO: &[&str] = &[
@@ -336,18 +342,47 @@ impl Volume {
         self.inner.namespace.id().0
     }
 
-    /// Whether anybody is left in the target's mount namespace.
-    pub(crate) fn is_inhabited(&self) -> bool {
-        tree::in_mount_namespace(self.inner.namespace.id())
-            .map_or(true, |found| !found.processes.is_empty())
+    /// Whether this is the target's mount namespace.
+    pub(crate) fn is_in(&self, namespace: tree::MountNamespaceId) -> bool {
+        self.inner.namespace.id() == namespace
     }
 
-    /// Filesystems that are stacked below the volume's.
-    pub(crate) fn stack_depth(&self) -> u32 {
-        u32::from(matches!(
+    /// Whether anybody but ourselves is left in the target's mount namespace.
+    pub(crate) fn is_inhabited(&self, own: Own) -> bool {
+        tree::in_mount_namespace(self.inner.namespace.id()).map_or(true, |found| {
+            found
+                .processes
+                .iter()
+                .any(|process| !own.includes(process.pid))
+        })
+    }
+
+    /// How deep the hook says that filesystems are stacked: one more than what is below it, as more would forbid a filesystem on top of it (kernel-hazards D).
+    pub(crate) fn max_stack_depth(&self) -> u32 {
+        1 + u32::from(matches!(
             self.inner.info.fs_type.to_str(),
             Some("overlay" | "ecryptfs")
         ))
+    }
+
+    /// The first regular file of the directory itself, as a place only (`O_PATH`): nothing is asked of the file, and no lease on it is broken.
+    pub(crate) fn first_file(&self) -> Option<OwnedFd> {
+        let open = |name: &std::ffi::CStr, flags| {
+            let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            rustix::fs::openat(&self.inner.location.file, name, flags, Mode::empty()).ok()
+        };
+        // Reading would else change the directory's time of access.
+        let directory = open(c".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOATIME)?;
+        rustix::fs::Dir::new(directory)
+            .ok()?
+            .take(LOOKED_AT)
+            .filter_map(Result::ok)
+            .filter(|entry| matches!(entry.file_type(), FileType::RegularFile | FileType::Unknown))
+            .find_map(|entry| {
+                let file = open(entry.file_name(), OFlags::PATH)?;
+                let stat = rustix::fs::fstat(&file).ok()?;
+                (FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile).then_some(file)
+            })
     }
 
     /// The flags of the covered mount, for the hook to have them too.
@@ -371,6 +406,11 @@ impl Volume {
         mounts::clone_tree(&self.inner.namespace, &self.inner.location, false, WITHIN).map_err(
             failed(Step::Serve, format!("copy the tree of {}", self.display())),
         )
+    }
+
+    /// How the mount around the volume propagated when the path was resolved.
+    pub(crate) fn propagation_around(&self) -> &Propagation {
+        &self.inner.info.propagation
     }
 
     /// What placing is going to change, for the journal.

@@ -1,10 +1,12 @@
 //! Bad input and hostile conditions: each gives a clear error and a documented exit code, and leaves the target untouched.
 
 use std::fs;
-use std::process::{Command, Output};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::MetadataExt;
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use hobble_e2e::{assert_hooked, assert_same_descriptors, cycles, movable, scene, until};
 use hobble_testkit::command;
 use hobble_testkit::hobble::{Hobble, STEP};
@@ -14,6 +16,7 @@ use hobble_testkit::target::{Target, number, text};
 use hobble_testkit::volume::{Kind, Volume};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 
 /// A target with an open file on the volume, and an injection into it that must be refused.
 struct Refusal<'s> {
@@ -205,25 +208,160 @@ fn hobbles_own_directories_on_the_volume() -> Result<()> {
     })
 }
 
+/// Whether the command with this pid has its working directory and its output on the filesystem of this device.
+fn is_native(pid: &str, device: u64) -> Result<bool> {
+    let on = |what: &str| -> Result<bool> {
+        let path = format!("/proc/{pid}/{what}");
+        let found = fs::metadata(&path).with_context(|| path.clone())?;
+        Ok(found.dev() == device)
+    };
+    Ok(on("cwd")? && on("fd/1")?)
+}
+
+/// Starts `inject` in a directory of the volume, with its output in a file there, from a shell that is itself the target.
+fn from_within(scope: &str) -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let device = fs::metadata(volume.path())?.dev();
+        let events = volume.path().join("events");
+        let script = format!(
+            "exec 9>held; {} inject --json --pid $$ --path \"$PWD\" --scope {scope} --for 3s \
+             --fault 'errno=EIO op=write' >events 2>../errors & echo $!; wait $!; echo $?",
+            hobble.binary().display()
+        );
+        let mut shell = Command::new("sh");
+        shell
+            .args(["-c", &script])
+            .current_dir(volume.path())
+            .env("HOBBLE_STATE_DIR", hobble.state_dir())
+            .stdout(Stdio::piped());
+        let mut shell = shell.spawn()?;
+        let pid = shell.id().to_string();
+        let run = |shell: &mut Child| -> Result<()> {
+            let mut out = BufReader::new(shell.stdout.take().context("no standard output")?);
+            let mut line = String::new();
+            out.read_line(&mut line)?;
+            let command = line.trim().to_owned();
+            let said = || fs::read_to_string(&events).unwrap_or_default();
+            until("faults are on", STEP, || said().contains("\"injecting\""))?;
+            // The target is on the hook; the command that put it there is not, so what it says is not faulted.
+            let held = fs::metadata(format!("/proc/{pid}/fd/9"))?;
+            ensure!(held.dev() != device, "the shell's file is native");
+            ensure!(is_native(&command, device)?, "the command was moved");
+            let shown = hobble.json(&["show"])?;
+            let targets: Vec<String> = shown
+                .get("targets")
+                .and_then(Value::as_array)
+                .into_iter()
+                .flatten()
+                .filter_map(|target| target.get("pid").map(Value::to_string))
+                .collect();
+            let own = [hobble.servers(), hobble.holders()].concat();
+            ensure!(own.len() == 2, "server and holder were not found: {own:?}");
+            let own = own.iter().map(u32::to_string).chain([command.clone()]);
+            for each in own {
+                ensure!(!targets.contains(&each), "{each} is of hobble: {targets:?}");
+            }
+            ensure!(targets.contains(&pid), "{pid} is the target: {targets:?}");
+            line.clear();
+            out.read_line(&mut line)?;
+            ensure!(line.trim() == "0", "it ended with {line}: {}", said());
+            let lines: Vec<Value> = said()
+                .lines()
+                .map(serde_json::from_str)
+                .collect::<Result<_, _>>()?;
+            let event = |name: &str| {
+                lines
+                    .iter()
+                    .find(|line| line.get("event") == Some(&name.into()))
+                    .with_context(|| format!("no {name} in {lines:?}"))
+            };
+            event("recovered")?;
+            let preflight = event("preflight")?;
+            ensure!(preflight.get("verdict") == Some(&"degraded".into()));
+            for (code, words) in [
+                ("own_ancestor", [pid.as_str(), "(sh)"]),
+                ("own_directory", [text(volume.path())?, "native"]),
+                // Its output, and what it has inherited.
+                ("own_descriptors", ["2 files", "native"]),
+            ] {
+                let told = reason(preflight, code).with_context(|| preflight.to_string())?;
+                for word in words {
+                    ensure!(told.contains(word), "no {word} in {told}");
+                }
+            }
+            Ok(())
+        };
+        let ran = run(&mut shell);
+        let _ = shell.kill();
+        shell.wait()?;
+        ran
+    })
+}
+
+#[test]
+fn the_command_in_a_tree_that_is_the_target() -> Result<()> {
+    from_within("tree")
+}
+
+#[test]
+fn the_command_in_a_namespace_that_is_the_target() -> Result<()> {
+    from_within("namespace")
+}
+
 #[test]
 fn hobbles_own_working_directory_on_the_volume() -> Result<()> {
     scene(Kind::Ext4, |hobble, volume| {
         let case = Refusal::new(hobble, volume)?;
+        let device = fs::metadata(volume.path())?.dev();
         let pid = case.target.pid().to_string();
-        // Refused with a word about it, or harmless: then it works and comes to its end like any other.
-        let mut inject = hobble.command(["inject", "--for", "1s"]);
+        // Allowed: it stays native, and pre-flight says so. Nothing of the command is then on the hook, so nothing keeps that from going.
+        let mut here = hobble.command([""; 0]);
+        here.current_dir(volume.path());
+        let found = plan(here, &case.with(&pid, &EIO))?;
+        ensure!(found.get("verdict") == Some(&"degraded".into()), "{found}");
+        let told = reason(&found, "own_directory").with_context(|| found.to_string())?;
+        ensure!(told.contains("native"), "{told}");
+        let mut inject = hobble.command(["inject", "--json", "--for", "2s"]);
         inject
             .args(case.with(&pid, &EIO))
-            .current_dir(volume.path());
-        let said = command::output(&mut inject, STEP)?;
-        if !said.status.success() {
-            check_refusal(
-                "inject in a directory of the volume",
-                &said,
-                1,
-                &["directory"],
-            )?;
+            .current_dir(volume.path())
+            .stdout(Stdio::piped());
+        let mut inject = inject.spawn()?;
+        let mut attached = false;
+        let lines = BufReader::new(inject.stdout.take().context("no standard output")?).lines();
+        for line in lines {
+            if line?.contains("\"injecting\"") {
+                attached = true;
+                let directory = fs::metadata(format!("/proc/{}/cwd", inject.id()))?;
+                ensure!(directory.dev() == device, "its directory was moved");
+            }
         }
+        let status = inject.wait()?;
+        ensure!(
+            attached && status.success(),
+            "attached: {attached}, {status}"
+        );
+        let elsewhere = plan(hobble.command([""; 0]), &case.with(&pid, &EIO))?;
+        ensure!(reason(&elsewhere, "own_directory").is_none(), "{elsewhere}");
+        case.finish()
+    })
+}
+
+#[test]
+fn the_command_itself_as_the_target() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        // `exec` keeps the pid: the shell names itself and becomes the command.
+        let mut shell = Command::new("sh");
+        shell
+            .arg("-c")
+            .arg(format!(
+                "exec {} inject --pid $$ --path {} --no-rules",
+                hobble.binary().display(),
+                case.at
+            ))
+            .env("HOBBLE_STATE_DIR", hobble.state_dir());
+        case.refused_command(shell, 1, &["hobble itself"])?;
         case.finish()
     })
 }
@@ -240,8 +378,118 @@ fn a_kernel_that_is_too_old() -> Result<()> {
             .arg("inject")
             .args(case.with(&pid, &EIO));
         old.env("HOBBLE_STATE_DIR", hobble.state_dir());
-        case.refused_command(old, 1, &["pidfd_getfd"])?;
+        case.refused_command(
+            old,
+            1,
+            &[
+                "pidfd_getfd",
+                "STATX_MNT_ID",
+                "STATX_ATTR_MOUNT_ROOT",
+                "5.12",
+            ],
+        )?;
         case.finish()
+    })
+}
+
+/// The reason of this code in what `inject --dry-run --json` printed.
+fn reason(plan: &Value, code: &str) -> Option<String> {
+    plan.get("reasons")?
+        .as_array()?
+        .iter()
+        .find(|reason| reason.get("code").and_then(Value::as_str) == Some(code))?
+        .get("text")?
+        .as_str()
+        .map(str::to_owned)
+}
+
+/// `inject --dry-run --json` by this command line, which ends where its own arguments begin.
+fn plan(mut command: Command, arguments: &[&str]) -> Result<Value> {
+    let text = command::run(
+        command
+            .args(["inject", "--dry-run", "--json"])
+            .args(arguments),
+        STEP,
+    )?;
+    serde_json::from_str(text.trim()).with_context(|| format!("it printed {text:?}"))
+}
+
+#[test]
+fn without_process_events_a_tree_is_degraded() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let case = Refusal::new(hobble, volume)?;
+        let pid = case.target.pid().to_string();
+        // The connector is there in the first network namespace alone (drivers/connector/connector.c, cn_init).
+        let without = |scope: &str| -> Result<Value> {
+            let mut command = Command::new("unshare");
+            command.arg("--net").arg(hobble.binary());
+            command.env("HOBBLE_STATE_DIR", hobble.state_dir());
+            plan(command, &case.with(&pid, &["--no-rules", "--scope", scope]))
+        };
+        let found = without("tree")?;
+        ensure!(found.get("verdict") == Some(&"degraded".into()), "{found}");
+        let text = reason(&found, "process_events").with_context(|| found.to_string())?;
+        ensure!(text.contains("connector"), "{text}");
+        let found = without("namespace")?;
+        ensure!(reason(&found, "process_events").is_none(), "{found}");
+        let found = plan(
+            hobble.command([""; 0]),
+            &case.with(&pid, &["--no-rules", "--scope", "tree"]),
+        )?;
+        ensure!(reason(&found, "process_events").is_none(), "{found}");
+        case.finish()
+    })
+}
+
+#[test]
+fn a_descendant_in_another_mount_namespace_is_told() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let file = volume.path().join("file");
+        let mut shell = Command::new("sh");
+        shell.arg("-c").arg(format!(
+            "exec 9>{}; unshare --mount sleep 600 & echo $!; wait",
+            file.display()
+        ));
+        shell.stdout(Stdio::piped());
+        let mut shell = shell.spawn()?;
+        let run = |shell: &mut Child| -> Result<()> {
+            let mut line = String::new();
+            let out = shell.stdout.take().context("no standard output")?;
+            BufReader::new(out).read_line(&mut line)?;
+            let child = line.trim().to_owned();
+            until("it has unshared", STEP, || {
+                fs::read_to_string(format!("/proc/{child}/comm"))
+                    .is_ok_and(|comm| comm.trim() == "sleep")
+            })?;
+            let pid = shell.id().to_string();
+            let at = text(volume.path())?;
+            let arguments = ["--pid", &pid, "--path", at, "--no-rules"];
+            let found = plan(hobble.command([""; 0]), &arguments)?;
+            let told = reason(&found, "other_namespace").with_context(|| found.to_string())?;
+            ensure!(told.contains(&child) && told.contains("sleep"), "{told}");
+            let mut injection = hobble.attach(shell.id(), volume.path(), &["--no-rules"])?;
+            let attached = injection.wait_event("attached", STEP)?;
+            let listed = attached
+                .get("not_covered")
+                .and_then(Value::as_array)
+                .is_some_and(|all| {
+                    all.iter().any(|each| {
+                        each.get("pid")
+                            .and_then(Value::as_u64)
+                            .map(|pid| pid.to_string())
+                            .as_ref()
+                            == Some(&child)
+                    })
+                });
+            ensure!(listed, "{attached}");
+            injection.recover().map(drop)?;
+            let _ = kill(Pid::from_raw(child.parse()?), Signal::SIGKILL);
+            Ok(())
+        };
+        let ran = run(&mut shell);
+        let _ = shell.kill();
+        shell.wait()?;
+        ran
     })
 }
 
@@ -701,47 +949,101 @@ fn the_control_socket_is_roots_alone() -> Result<()> {
     })
 }
 
-#[test]
-fn a_target_that_dies_at_any_moment() -> Result<()> {
-    scene(Kind::Ext4, |outer, volume| {
-        let hobble = Hobble::with_state_dir(&outer.scratch().path().join("dying"))?;
-        for round in 0..cycles(8) {
-            let directory = volume.directory(&format!("round-{round}"))?;
-            let target = Target::start(
-                Program::FilesC,
-                [text(&directory)?, "200", "1", "none", "busy"],
-            )?;
-            let pid = target.pid().to_string();
-            let mut injection = hobble.inject([
-                "--pid",
-                &pid,
-                "--path",
-                text(volume.path())?,
-                EIO[0],
-                EIO[1],
-            ])?;
-            std::thread::sleep(Duration::from_millis(u64::from(round) * 41 % 250));
-            target.signal(Signal::SIGKILL)?;
-            let status = injection
-                .status(STEP)
-                .context("the command hangs after its target has died")?;
-            // Attached before: it recovers. Else: the target has vanished.
+/// Lets the target die at one step, and looks at how the command ends and what is left.
+fn dies_at(step: &str, hobble: &mut Hobble, volume: &Volume<'_>, code: i32) -> Result<()> {
+    let directory = volume.directory(step)?;
+    let mut target = Target::start(
+        Program::FilesC,
+        [text(&directory)?, "200", "1", "none", "busy"],
+    )?;
+    let pid = target.pid().to_string();
+    hobble.env("HOBBLE_FAULT_POINT", &format!("target@{step}"));
+    let injecting = hobble.inject([
+        "--pid",
+        &pid,
+        "--path",
+        text(volume.path())?,
+        "--max-pause",
+        "5s",
+        EIO[0],
+        EIO[1],
+    ]);
+    hobble.unset("HOBBLE_FAULT_POINT");
+    let mut injection = injecting?;
+    if step.starts_with("updat") {
+        injection.wait_event("injecting", STEP)?;
+        hobble.output(["update", "--fault", "latency=1ms op=read"])?;
+    } else if code == 0 {
+        injection.wait_event("injecting", STEP)?;
+        injection.signal(Signal::SIGINT)?;
+    }
+    // To the end of its output: the last event tells how it went.
+    while injection.next_event(STEP)?.is_some() {}
+    let status = injection.status(STEP)?;
+    let last = injection
+        .events()
+        .last()
+        .context("no event at all")?
+        .clone();
+    let said = injection.said();
+    ensure!(
+        target.wait(STEP)?.is_some(),
+        "the target lives: the step was never reached"
+    );
+    ensure!(status.code() == Some(code), "{status}: {last}, {said}");
+    match last.get("event").and_then(Value::as_str) {
+        Some("recovered") => {}
+        Some("failed") => {
+            ensure!(last.get("rolled_back") == Some(&true.into()), "{last}");
+            let cause = last
+                .get("cause")
+                .and_then(Value::as_str)
+                .unwrap_or_default();
             ensure!(
-                matches!(status.code(), Some(0 | 3)),
-                "round {round}: {status}: {}",
-                injection.said()
-            );
-            drop(target);
-            until(
-                "every process of Hobble has gone",
-                Duration::from_secs(10),
-                || hobble.processes().is_empty(),
-            )?;
-            ensure!(
-                fs::read_dir(hobble.state_dir())?.count() == 0,
-                "round {round}: something is left in the state directory"
+                cause.contains(&pid) || cause.contains("exit") || cause.contains("ended"),
+                "{last} does not tell that the target has gone"
             );
         }
+        _ => bail!("it ends with {last}"),
+    }
+    drop(target);
+    until(
+        "every process of Hobble has gone",
+        Duration::from_secs(10),
+        || hobble.processes().is_empty(),
+    )?;
+    let left = fs::read_dir(hobble.state_dir())?.count();
+    ensure!(
+        left == 0,
+        "{left} attachments are left in the state directory"
+    );
+    let mounts = process::mounts("thread-self")?;
+    ensure!(
+        !mounts.iter().any(|(_, _, kind)| kind == "fuse.hobble"),
+        "the hook is still mounted: {mounts:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_target_that_dies_at_any_step() -> Result<()> {
+    scene(Kind::Ext4, |outer, volume| {
+        let mut hobble = Hobble::with_state_dir(&outer.scratch().path().join("dying"))?;
+        hobble.env("HOBBLE_LOG", "debug");
+        let listed = hobble.run(["__fault-points"])?;
+        let mut wrong = Vec::new();
+        let mut ending = false;
+        for step in listed.split_ascii_whitespace() {
+            // The target has vanished; unless it did while everything was being put back, which was what had been asked for.
+            ending |= step == "recovering";
+            let code = if ending { 0 } else { 3 };
+            if let Err(error) = dies_at(step, &mut hobble, volume, code) {
+                eprint!("{}", hobble.logs());
+                wrong.push(format!("{step}: {error:#}"));
+            }
+        }
+        ensure!(ending, "`hobble __fault-points` lists {listed}");
+        ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
         Ok(())
     })
 }
@@ -783,6 +1085,74 @@ fn a_fuse_backing_is_allowed_and_degraded() -> Result<()> {
         };
         let ran = run();
         command::run(Command::new("umount").arg(&mounted), STEP)?;
+        ran
+    })
+}
+
+/// Mounts an overlay of `lower` at a fresh directory of the volume.
+fn overlay(volume: &Volume<'_>, name: &str, lower: &std::path::Path) -> Result<std::path::PathBuf> {
+    let [upper, work, merged] =
+        ["upper", "work", "merged"].map(|what| volume.directory(&format!("{name}-{what}")));
+    let (upper, work, merged) = (upper?, work?, merged?);
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        lower.display(),
+        upper.display(),
+        work.display()
+    );
+    command::run(
+        Command::new("mount")
+            .args(["-t", "overlay", "overlay", "-o", &options])
+            .arg(&merged),
+        STEP,
+    )?;
+    Ok(merged)
+}
+
+#[test]
+fn a_backing_without_passthrough_is_degraded_and_shown() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        // Passthrough to an overlay works; an overlay of an overlay is stacked too deep for it (fuse_backing_open, fs/fuse/backing.c: ELOOP).
+        let lower = volume.directory("lower")?;
+        fs::write(lower.join("first"), "found without being open")?;
+        let once = overlay(volume, "once", &lower)?;
+        let twice = overlay(volume, "twice", &once)?;
+        let passes = |at: &std::path::Path, expected: bool| -> Result<()> {
+            let at = text(at)?;
+            let mut target = Target::start(Program::Ops, [""; 0])?;
+            let pid = target.pid().to_string();
+            let arguments = ["--pid", &pid, "--path", at, "--no-rules"];
+            // By a file that nobody has open, then by one that the target has.
+            for _ in 0..2 {
+                let found = plan(hobble.command([""; 0]), &arguments)?;
+                let told = reason(&found, "backing");
+                ensure!(told.is_none() == expected, "{at}: {found}");
+                if let Some(told) = told {
+                    ensure!(told.contains("os error 40"), "{told}");
+                }
+                target.expect(&format!("open 1 +c {at}/file"))?;
+                target.expect("write 1 1 64")?;
+            }
+            let injection =
+                hobble.attach(target.pid(), std::path::Path::new(at), &["--no-rules"])?;
+            target.expect("write 1 10 64")?;
+            let shown = hobble.json(&["show"])?;
+            ensure!(
+                shown.get("passthrough") == Some(&expected.into()),
+                "{at}: {shown}"
+            );
+            injection.recover()?;
+            target.finish().map(drop)
+        };
+        let run = || -> Result<()> {
+            passes(volume.path(), true)?;
+            passes(&once, true)?;
+            passes(&twice, false)
+        };
+        let ran = run();
+        for mount in [&twice, &once] {
+            command::run(Command::new("umount").arg(mount), STEP)?;
+        }
         ran
     })
 }

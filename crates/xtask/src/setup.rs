@@ -25,14 +25,21 @@ const COMMANDS: &[(&str, &str)] = &[
     ("mkfs.ext4", "e2fsprogs"),
     ("mkfs.xfs", "xfsprogs"),
     ("mkfs.btrfs", "btrfs-progs"),
+    ("tune2fs", "e2fsprogs"),
     ("chattr", "e2fsprogs"),
     ("getfattr", "attr"),
+    ("setfattr", "attr"),
     ("setfacl", "acl"),
     ("mount", "mount"),
+    ("umount", "mount"),
     ("losetup", "mount"),
     ("setpriv", "util-linux"),
     ("setarch", "util-linux"),
     ("unshare", "util-linux"),
+    ("nsenter", "util-linux"),
+    ("fstrim", "util-linux"),
+    ("kill", "procps"),
+    ("bindfs", "bindfs"),
 ];
 
 /// Test suites from crates.io: programs that are run, never linked.
@@ -115,4 +122,57 @@ fn suites() -> Result<()> {
         command::run(&mut install, INSTALL_LIMIT)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use hobble_testkit::program::workspace;
+
+    use super::*;
+
+    /// What every Debian has: of its packages bash, coreutils and dash, which are essential (Debian policy 3.8).
+    const EVERYWHERE: &[&str] = &[
+        "bash", "cat", "chmod", "chroot", "dd", "head", "install", "sh", "sleep", "true",
+    ];
+
+    fn sources(directory: &Path, found: &mut Vec<std::path::PathBuf>) {
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                sources(&path, found);
+            } else if path.extension().is_some_and(|ending| ending == "rs") {
+                found.push(path);
+            }
+        }
+    }
+
+    #[test]
+    fn every_command_that_a_test_calls_is_installed() {
+        let mut files = Vec::new();
+        for each in fs::read_dir(workspace().join("crates")).unwrap().flatten() {
+            // Sources too: there are unit tests in them, and the test kit is all source.
+            sources(&each.path().join("src"), &mut files);
+            sources(&each.path().join("tests"), &mut files);
+        }
+        // In two pieces, or this very line would be found.
+        let call = ["Command::new", "(\""].concat();
+        let mut calls = 0;
+        for file in files {
+            let text = fs::read_to_string(&file).unwrap();
+            for rest in text.split(&call).skip(1) {
+                let name = rest.split('"').next().unwrap_or_default();
+                calls += 1;
+                assert!(
+                    name.starts_with('/')
+                        || EVERYWHERE.contains(&name)
+                        || COMMANDS.iter().any(|(known, _)| *known == name),
+                    "{} calls {name}, which no package of `cargo xtask setup` brings",
+                    file.display()
+                );
+            }
+        }
+        assert!(calls > 50, "only {calls} calls were found");
+    }
 }

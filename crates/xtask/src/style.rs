@@ -74,7 +74,47 @@ fn check(root: &Path) -> Result<Vec<Finding>> {
         }
     }
     findings.extend(check_dependencies(root)?);
+    findings.extend(check_pages(root)?);
     Ok(findings)
+}
+
+/// Every page below `docs` that a source, a message or another page names is there.
+fn check_pages(root: &Path) -> Result<Vec<Finding>> {
+    let mut files = rust_files(&root.join("crates"))?;
+    for directory in [root.to_owned(), root.join("docs")] {
+        let entries = fs::read_dir(&directory)
+            .with_context(|| format!("cannot list {}", directory.display()))?;
+        files.extend(
+            entries
+                .filter_map(|entry| Some(entry.ok()?.path()))
+                .filter(|path| path.extension().is_some_and(|ending| ending == "md")),
+        );
+    }
+    let mut findings = Vec::new();
+    for file in files {
+        let text =
+            fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        for (number, line) in text.lines().enumerate() {
+            for page in pages(line) {
+                if !root.join(page).is_file() {
+                    findings.push(Finding {
+                        file: file.strip_prefix(root).unwrap_or(&file).to_owned(),
+                        line: number + 1,
+                        text: format!("there is no {page}"),
+                    });
+                }
+            }
+        }
+    }
+    Ok(findings)
+}
+
+/// The paths of the form `docs/….md` in a line.
+fn pages(line: &str) -> impl Iterator<Item = &str> {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '/' | '-' | '_' | '.');
+    line.split(move |c| !is_name(c))
+        .map(|word| word.trim_end_matches('.'))
+        .filter(|word| word.starts_with("docs/") && word.ends_with(".md"))
 }
 
 /// Every dependency from outside has its line in `docs/dependencies.md`, and every line its dependency.
@@ -242,6 +282,20 @@ fn check_file(file: &Path, text: &str) -> Vec<Finding> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_that_are_named_are_found_in_a_line() {
+        // In pieces, or the rule would look for them here.
+        let line = concat!(
+            "see docs",
+            "/one.md, [two](docs",
+            "/faults/two.md) and docs",
+            "/three.json."
+        );
+        let found: Vec<&str> = pages(line).collect();
+        assert_eq!(found.len(), 2);
+        assert!(found[0].ends_with("one.md") && found[1].ends_with("faults/two.md"));
+    }
 
     #[test]
     fn the_workspace_keeps_its_rules() -> Result<()> {

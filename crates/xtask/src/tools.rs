@@ -11,7 +11,7 @@ use hobble_testkit::command;
 use hobble_testkit::program::{target_directory, workspace};
 
 /// Building the workspace from nothing on two cores takes a few minutes.
-pub(crate) const BUILD_LIMIT: Duration = Duration::from_secs(1500);
+pub(crate) const BUILD_LIMIT: Duration = Duration::from_secs(10 * 60);
 
 /// The directory of the installed suites' binaries.
 pub(crate) fn directory() -> PathBuf {
