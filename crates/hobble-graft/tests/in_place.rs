@@ -296,3 +296,100 @@ fn plugs_that_miss_a_free_number_change_nothing() {
     scene.move_to(Side::Native);
     assert_eq!(scene.target.fingerprint(), before);
 }
+
+/// Opens argv[1] at number argv[2], and once more when told to, for a lock on it; argv[3] other threads.
+const LOCKS_LATER: &str = r#"
+static void *sleeper(void *unused) { (void)unused; for (;;) pause(); }
+int main(int argc, char **argv) {
+    int number = atoi(argv[2]), fd = open(argv[1], O_RDWR), other = -1; check(fd >= 0);
+    if (fd != number) check(dup3(fd, number, O_CLOEXEC) == number && close(fd) == 0);
+    check(dup2(number, number + 2) == number + 2);
+    for (int i = 0; i < atoi(argv[3]); i++) { pthread_t t; check(pthread_create(&t, 0, sleeper, 0) == 0); }
+    ready();
+    for (;;) {
+        wait_for_line();
+        if (other < 0) check((other = open(argv[1], O_RDWR | O_CLOEXEC)) >= 0);
+        struct flock w = { F_WRLCK, SEEK_SET, 10, 10, 0 }, r = { F_RDLCK, SEEK_SET, 100, 0, 0 };
+        check(fcntl(other, F_SETLK, &w) == 0 && fcntl(other, F_SETLK, &r) == 0);
+        check(lseek(number, 0, SEEK_CUR) == lseek(number + 2, 0, SEEK_CUR));
+        say("ok");
+    }
+}
+"#;
+
+fn posix_locks(target: &Target) -> Vec<String> {
+    let mut locks = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{}/fdinfo", target.pid())).unwrap() {
+        let info = std::fs::read_to_string(entry.unwrap().path()).unwrap();
+        locks.extend(
+            info.lines()
+                .filter(|l| l.contains(" POSIX "))
+                .map(str::to_owned),
+        );
+    }
+    locks
+}
+
+#[test]
+fn where_a_copy_would_cost_locks_there_is_none() {
+    many_descriptors();
+    // From number 900 on more numbers are free below than are plugged: a copy is closed, and the locks are taken again.
+    for (number, threads, taken_again) in [("3", "0", 0), ("9", "3", 0), ("900", "0", 2)] {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("data");
+        std::fs::write(&path, vec![7; 8192]).unwrap();
+        let hook = Hook::of(directory.path());
+        let volume = Volume::with_other_way(directory.path(), hook.mount());
+        let arguments = [path.as_os_str(), number.as_ref(), threads.as_ref()];
+        let mut target = Target::c_with("locks-later", LOCKS_LATER, &arguments);
+        let id = target.id();
+        let apply = |census: &Census, side| {
+            let mut switch = Switch::new(census);
+            let on = |facts| volume.side_of(facts) != side;
+            for description in census.descriptions().filter(|d| on(&d.facts)) {
+                switch.description(description.id, volume.stand_in(description, side));
+            }
+            Tracer::scope(|tracer| -> Result<Report, Failed> {
+                let limit = Deadline::after(Duration::from_secs(5));
+                let mut stopped = tracer.stop_all(&[id], limit)?;
+                Ok(switch.apply(&mut stopped, limit, &mut Vec::new(), &mut NoHandover)?)
+            })
+            .unwrap()
+        };
+        let report = apply(&volume.census(&[target.id()]), Side::Clone);
+        assert_eq!((report.descriptors, report.locks_taken_again), (2, 0));
+        target.tell("lock");
+        assert_eq!(target.line(), "ok");
+        let before = posix_locks(&target);
+        assert_eq!(before.len(), 2, "{before:?}");
+        let report = apply(&volume.census(&[target.id()]), Side::Native);
+        assert_eq!(
+            (report.descriptors, report.locks_taken_again),
+            (2, taken_again),
+            "from {number}"
+        );
+        let words = |locks: &[String]| -> Vec<String> {
+            let mut kinds: Vec<String> = locks
+                .iter()
+                .map(|lock| {
+                    lock.split_ascii_whitespace()
+                        .skip(2)
+                        .collect::<Vec<_>>()
+                        .join(" ")
+                })
+                .collect();
+            kinds.sort();
+            kinds
+        };
+        assert_eq!(
+            words(&posix_locks(&target)),
+            words(&before),
+            "from {number}"
+        );
+        for description in volume.census(&[target.id()]).descriptions() {
+            assert_eq!(volume.side_of(&description.facts), Side::Native);
+        }
+        target.tell("check");
+        assert_eq!(target.line(), "ok");
+    }
+}

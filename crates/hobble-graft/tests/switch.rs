@@ -546,9 +546,19 @@ mod sys {
 
     /// An OFD lock on the whole file, without waiting; gives the error number.
     pub(super) fn ofd_lock(file: &std::fs::File, kind: i32) -> Result<(), i32> {
+        ofd_lock_range(file, kind, 0, 0)
+    }
+
+    pub(super) fn ofd_lock_range(
+        file: &std::fs::File,
+        kind: i32,
+        start: u64,
+        length: u64,
+    ) -> Result<(), i32> {
         // SAFETY: all zeroes is a valid flock.
         let mut lock: libc::flock = unsafe { std::mem::zeroed() };
         lock.l_type = kind as i16;
+        (lock.l_start, lock.l_len) = (start as i64, length as i64);
         // SAFETY: the structure outlives the call.
         let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw mut lock) };
         if result == 0 {
@@ -590,6 +600,22 @@ impl hobble_graft::switch::LockHandover for Keeper {
     }
 }
 
+/// The locks of a process, as its descriptors show them. (`/proc/locks` is not read in one piece: while others lock, lines are missed.)
+fn locks_of(target: &Target) -> Vec<String> {
+    let mut ours = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{}/fdinfo", target.pid())).unwrap() {
+        let info = std::fs::read_to_string(entry.unwrap().path()).unwrap();
+        let locks = info.lines().filter_map(|line| line.strip_prefix("lock:"));
+        ours.extend(locks.map(|lock| {
+            let words: Vec<&str> = lock.split_ascii_whitespace().skip(1).collect();
+            words.join(" ")
+        }));
+    }
+    ours.sort();
+    ours.dedup();
+    ours
+}
+
 #[test]
 fn posix_locks_are_taken_again() {
     let volume = Volume::new();
@@ -607,22 +633,7 @@ fn posix_locks_are_taken_again() {
         "#,
         &[path.as_os_str()],
     );
-    let locks = || -> Vec<String> {
-        let all = std::fs::read_to_string("/proc/locks").unwrap();
-        let mut ours: Vec<String> = all
-            .lines()
-            .filter(|l| l.contains(&format!(" {} ", target.pid())))
-            .map(|l| {
-                l.split_ascii_whitespace()
-                    .skip(1)
-                    .collect::<Vec<_>>()
-                    .join(" ")
-            })
-            .collect();
-        ours.sort();
-        ours
-    };
-    let before = locks();
+    let before = locks_of(&target);
     assert_eq!(before.len(), 2, "{before:?}");
     for round in 0..6 {
         let side = if round % 2 == 0 {
@@ -648,8 +659,217 @@ fn posix_locks_are_taken_again() {
         .unwrap();
         assert_eq!((report.locks, keeper.calls), (2, 1));
         assert!(report.lock_window > Duration::ZERO);
-        assert_eq!(locks(), before);
+        assert_eq!(locks_of(&target), before);
     }
+    target.tell("check");
+    assert_eq!(target.line(), "ok");
+}
+
+/// Locks a file through two descriptors, one of them for writing only if argv[2] says so, and maps it.
+const LOCKED_TWICE: &str = r#"
+int main(int argc, char **argv) {
+    int fd = open(argv[1], O_RDWR), other = open(argv[1], O_RDWR | O_CLOEXEC); check(fd >= 0 && other >= 0);
+    check(dup2(fd, 100) == 100 && dup2(other, 101) == 101 && close(fd) == 0 && close(other) == 0);
+    check(mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, 100, 0) != MAP_FAILED);
+    struct flock w = { F_WRLCK, SEEK_SET, 10, 20, 0 }, x = { F_WRLCK, SEEK_SET, 50, 10, 0 }, r = { F_RDLCK, SEEK_SET, 1000, 0, 0 };
+    check(fcntl(100, F_SETLK, &w) == 0 && fcntl(101, F_SETLK, &x) == 0 && fcntl(101, F_SETLK, &r) == 0);
+    ready();
+    for (;;) wait_for_line(), say("ok");
+}
+"#;
+
+/// Tries all the while to lock somebody else's ranges for writing, until told to stop; says how often it could.
+struct Intruder {
+    stop: std::sync::Arc<std::sync::atomic::AtomicBool>,
+    thread: std::thread::JoinHandle<(u64, u64)>,
+}
+
+impl Intruder {
+    fn at(path: &std::path::Path) -> Self {
+        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let file = std::fs::File::options().write(true).open(path).unwrap();
+        let told = std::sync::Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            let (mut tries, mut taken) = (0, 0);
+            while !told.load(std::sync::atomic::Ordering::Relaxed) {
+                tries += 1;
+                if sys::ofd_lock(&file, libc::F_WRLCK).is_ok() {
+                    taken += 1;
+                    sys::ofd_lock(&file, libc::F_UNLCK).unwrap();
+                }
+            }
+            (tries, taken)
+        });
+        Self { stop, thread }
+    }
+
+    fn report(self) -> (u64, u64) {
+        self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
+
+/// A switch of what the census shows at one number (or of the mapping, without one).
+fn only<'c>(volume: &Volume, census: &'c Census, number: Option<i32>, side: Side) -> Switch<'c> {
+    let mut switch = Switch::new(census);
+    for description in census.descriptions() {
+        if description
+            .places
+            .iter()
+            .any(|p| Some(p.fd.as_raw()) == number)
+        {
+            switch.description(description.id, volume.stand_in(description, side));
+        }
+    }
+    for file in census.mapped_files().iter().filter(|_| number.is_none()) {
+        let access = rustix::fs::OFlags::RDWR;
+        switch.mapped_file(
+            file.id,
+            volume.open(&volume.relative(&file.facts), access, side),
+        );
+    }
+    switch
+}
+
+#[test]
+fn locks_held_through_descriptors_that_stay_are_kept() {
+    let volume = Volume::new();
+    let path = volume.file("data", &content(8192));
+    let mut target = Target::c_with("locked-twice", LOCKED_TWICE, &[path.as_os_str()]);
+    let before = locks_of(&target);
+    assert_eq!(before.len(), 3, "{before:?}");
+    for (number, lost) in [(Some(100), 2), (Some(101), 1), (None, 3)] {
+        let intruder = Intruder::at(&path);
+        for side in [Side::Clone, Side::Native, Side::Clone, Side::Native] {
+            let census = volume.census(&[target.id()]);
+            let switch = only(&volume, &census, number, side);
+            let report = Tracer::scope(|tracer| -> Result<_, Failed> {
+                let mut stopped = tracer.stop_all(&[target.id()], budget())?;
+                Ok(switch.apply(
+                    &mut stopped,
+                    budget(),
+                    &mut Vec::new(),
+                    &mut Sharing::of(&path),
+                )?)
+            })
+            .unwrap();
+            assert_eq!(report.descriptors, usize::from(number.is_some()));
+            assert_eq!((report.locks, report.locks_taken_again), (3 - lost, lost));
+            assert_eq!(locks_of(&target), before, "{number:?}");
+        }
+        let (tries, taken) = intruder.report();
+        assert!(tries > 100 && taken == 0, "{number:?}: {taken} of {tries}");
+    }
+    target.tell("check");
+    assert_eq!(target.line(), "ok");
+}
+
+/// Keeps what is moved with read locks, as a server does, and fails at the `fails`th call.
+struct Sharing {
+    file: std::fs::File,
+    fails: usize,
+}
+
+impl Sharing {
+    fn of(path: &std::path::Path) -> Self {
+        let file = std::fs::File::open(path).unwrap();
+        Self {
+            file,
+            fails: usize::MAX,
+        }
+    }
+
+    fn call(&mut self, locks: Option<&[hobble_graft::switch::MovedLock]>) -> std::io::Result<()> {
+        if self.fails == 0 {
+            self.fails = usize::MAX;
+            return Err(std::io::ErrorKind::StorageFull.into());
+        }
+        self.fails -= 1;
+        let Some(locks) = locks else {
+            return sys::ofd_lock(&self.file, libc::F_UNLCK)
+                .map_err(std::io::Error::from_raw_os_error);
+        };
+        assert!(!locks.is_empty());
+        for moved in locks {
+            let length = moved.lock.end.map_or(0, |end| end - moved.lock.start + 1);
+            sys::ofd_lock_range(&self.file, libc::F_RDLCK, moved.lock.start, length)
+                .map_err(std::io::Error::from_raw_os_error)?;
+        }
+        Ok(())
+    }
+}
+
+impl hobble_graft::switch::LockHandover for Sharing {
+    fn before(
+        &mut self,
+        locks: &[hobble_graft::switch::MovedLock],
+        _: hobble_graft::switch::Way,
+    ) -> std::io::Result<()> {
+        self.call(Some(locks))
+    }
+
+    fn after(
+        &mut self,
+        _: &[hobble_graft::switch::MovedLock],
+        _: hobble_graft::switch::Way,
+    ) -> std::io::Result<()> {
+        self.call(None)
+    }
+}
+
+#[test]
+fn a_switch_that_fails_leaves_all_locks() {
+    let volume = Volume::new();
+    let path = volume.file("data", &content(8192));
+    let mut target = Target::c_with("locked-twice", LOCKED_TWICE, &[path.as_os_str()]);
+    let before = locks_of(&target);
+    let shown = target.fingerprint();
+    let mut failures = 0;
+    for everything in [false, true] {
+        for step in 0..8 {
+            let census = volume.census(&[target.id()]);
+            let mut switch = if everything {
+                switch(&volume, &census, Side::Clone)
+            } else {
+                only(&volume, &census, Some(100), Side::Clone)
+            };
+            for file in census.mapped_files() {
+                let name = volume.relative(&file.facts);
+                switch.mapped_file(
+                    file.id,
+                    volume.open(&name, rustix::fs::OFlags::RDWR, Side::Clone),
+                );
+            }
+            // First the steps, then what keeps the locks.
+            let (mut log, mut keeper) = (FailsAt(usize::MAX), Sharing::of(&path));
+            if step < 5 {
+                log = FailsAt(step);
+            } else {
+                keeper.fails = step - 5;
+            }
+            let intruder = Intruder::at(&path);
+            let result = Tracer::scope(|tracer| -> Result<Result<Report, SwitchFailed>, Failed> {
+                let mut stopped = tracer.stop_all(&[target.id()], budget())?;
+                Ok(switch.apply(&mut stopped, budget(), &mut log, &mut keeper))
+            })
+            .unwrap();
+            let (tries, taken) = intruder.report();
+            assert_eq!(taken, 0, "step {step}: {tries} tries");
+            assert_eq!(locks_of(&target), before, "step {step}, {everything}");
+            match result {
+                Err(failed) => {
+                    failures += 1;
+                    assert!(failed.rolled_back, "step {step}: {failed:?}");
+                    assert_eq!(target.fingerprint(), shown, "step {step}");
+                }
+                Ok(_) => {
+                    move_all(&volume, &[target.id()], Side::Native);
+                    assert_eq!(locks_of(&target), before);
+                }
+            }
+        }
+    }
+    assert_eq!(failures, 10, "three steps and two calls, twice");
     target.tell("check");
     assert_eq!(target.line(), "ok");
 }

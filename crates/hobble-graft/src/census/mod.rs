@@ -12,7 +12,7 @@
 //! are stopped.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -555,6 +555,12 @@ pub fn shares_our_table(pid: Pid) -> bool {
     crate::sys::kcmp::files(Pid::own().as_raw(), pid.as_raw()) == Ok(std::cmp::Ordering::Equal)
 }
 
+/// Device and inode of an open file, without asking its filesystem.
+pub(crate) fn file_behind(fd: BorrowedFd<'_>) -> Result<(Device, u64), Errno> {
+    let identity = facts::of_descriptor(fd)?.identity;
+    Ok((identity.device, identity.inode))
+}
+
 impl Census {
     /// Looks again, at the same or other processes, and says what is different. What is found as it was is not derived anew, so
     /// that this is fast enough to be done while the target stands still. After an error the census must not be used but for
@@ -630,6 +636,19 @@ impl Census {
             .get(&table)
             .into_iter()
             .flat_map(|slots| slots.keys().copied())
+    }
+
+    /// The descriptors of a table that refer to something with a path, of the volume or not, each with its device and inode.
+    pub(crate) fn files_in(&self, table: TableId) -> impl Iterator<Item = (Fd, (Device, u64))> {
+        let file = |slot: &scan::Slot| match slot {
+            scan::Slot::Description(id) => {
+                let facts = &self.description(*id)?.facts;
+                Some((facts.device, facts.inode))
+            }
+            scan::Slot::Other { identity, .. } => identity.map(|file| (file.device, file.inode)),
+        };
+        let slots = self.slots.get(&table).into_iter().flatten();
+        slots.filter_map(move |(fd, slot)| Some((*fd, file(slot)?)))
     }
 
     /// Whether an io_uring is open in a table: threads of the kernel may then open and close files in it while the program stands still.

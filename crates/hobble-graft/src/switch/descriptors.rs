@@ -9,7 +9,8 @@ use std::os::fd::BorrowedFd;
 use rustix::io::Errno;
 
 use super::SwitchError;
-use super::in_place::{self, Numbers};
+use super::bystanders::{self, Bystanders};
+use super::in_place::{self, Aim, Numbers};
 use super::steps::Way;
 use crate::census::DescriptionId;
 use crate::ids::Fd;
@@ -58,20 +59,56 @@ pub(super) fn place(
 ) -> Result<usize, SwitchError> {
     let mut wanted: Vec<&mut Item<'_>> = items
         .iter_mut()
-        .filter(|item| way == Way::There || item.is_touched)
+        // On the way there, what is touched was placed before, see `spare`.
+        .filter(|item| item.is_touched == (way == Way::Back))
         .collect();
     let (mut placed, mut done) = (0, 0);
     if let Some(numbers) = numbers {
-        let (count, free) = in_place::choose(&mut wanted, numbers, borrowed);
+        let (count, free) = in_place::choose(&mut wanted, numbers, Aim::Speed, borrowed);
         if let Some(chosen) = wanted.get_mut(..count).filter(|chosen| !chosen.is_empty())
             && let Some(received) =
-                in_place::exchange(borrowed, chosen, &free, numbers.is_alone, deadline)?
+                in_place::exchange(borrowed, chosen, &free, numbers, Aim::Speed, deadline)?
         {
             (placed, done) = (received, count);
         }
     }
     let rest = wanted.get_mut(done..).unwrap_or_default();
     Ok(placed + place_by_copy(borrowed, rest, way, message, deadline)?)
+}
+
+/// Before replacements are put in place: sees to it that the table's other POSIX locks on their files outlive that. What can be received at its very number is
+/// (and touched then): it leaves no copy to be closed, which helps where what the number refers to is another file. For the rest the locks are protected.
+///
+/// What remains if we die in here: each descriptor refers to one file or the other; see [`Bystanders::protect`].
+pub(super) fn spare(
+    borrowed: &mut Borrowed<'_>,
+    items: &mut [Item<'_>],
+    bystanders: &mut Bystanders<'_>,
+    numbers: Numbers<'_>,
+    deadline: Deadline,
+) -> Result<usize, SwitchError> {
+    if bystanders.is_empty() {
+        return Ok(0);
+    }
+    let concern = |fd| bystanders::file_of(fd).is_some_and(|file| bystanders.concern(file));
+    let (mut copies, others): (Vec<_>, Vec<_>) = items
+        .iter_mut()
+        .filter(|item| concern(item.there) || concern(item.back))
+        .partition(|item| !concern(item.back));
+    let mut placed = 0;
+    if others.is_empty() && bystanders.are_untouched() {
+        let (count, free) = in_place::choose(&mut copies, numbers, Aim::Locks, borrowed);
+        if let Some(chosen) = copies.get_mut(..count).filter(|chosen| !chosen.is_empty())
+            && let Some(received) =
+                in_place::exchange(borrowed, chosen, &free, numbers, Aim::Locks, deadline)?
+        {
+            placed = received;
+        }
+    }
+    if copies.iter().chain(&others).any(|item| !item.is_touched) {
+        bystanders.protect(borrowed, deadline)?;
+    }
+    Ok(placed)
 }
 
 /// Receives descriptors anywhere, and puts copies of them in place.

@@ -10,8 +10,10 @@
 //!   moment that the thread needs after our death: a letter is short where there are others.
 //! * What was not given the number it was meant for is an error, and the numbers without a file get back what they had, before it is reported.
 //!
+//! Where closing such a second descriptor would drop POSIX locks of the table ([`Aim::Locks`]) it is done whatever it costs.
+//!
 //! Not received in place: what somebody might take the numbers from (the kernel's own threads of an io_uring open files, too), what a seccomp
-//! filter might keep the thread from finishing, and what is replaced if closing *that* takes long.
+//! filter might keep the thread from finishing, and what is replaced if closing *that* takes long (unless it is done for the locks).
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -49,6 +51,27 @@ pub(super) struct Numbers<'c> {
     pub(super) is_alone: bool,
 }
 
+/// What receiving in place is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Aim {
+    /// To spare requests.
+    Speed,
+    /// To close no copy: that would drop POSIX locks of the table.
+    Locks,
+}
+
+impl Numbers<'_> {
+    /// Descriptors in a letter.
+    fn letter(&self, aim: Aim) -> usize {
+        match aim {
+            _ if self.is_alone => MESSAGE_DESCRIPTORS,
+            Aim::Speed => SHORT,
+            // Closing what is replaced may take long here.
+            Aim::Locks => 1,
+        }
+    }
+}
+
 /// Whether closing one of several descriptors of this file takes long. The shortest of three tries counts.
 fn is_slow_to_close(file: BorrowedFd<'_>) -> bool {
     (0..3).all(|_| {
@@ -67,17 +90,19 @@ fn primary(item: &Item<'_>) -> Option<(Fd, bool)> {
 pub(super) fn choose(
     items: &mut [&mut Item<'_>],
     numbers: Numbers<'_>,
+    aim: Aim,
     borrowed: &Borrowed<'_>,
 ) -> (usize, Vec<Fd>) {
     let none = (0, Vec::new());
     let (Some(first), Some(own)) = (items.first(), borrowed.socket_number()) else {
         return none;
     };
-    if items.len() < WORTH_IT
-        || !borrowed.may_receive_in_place()
+    let is_worth_it = || {
+        items.len() >= WORTH_IT && is_slow_to_close(first.there) && !is_slow_to_close(first.back)
+    };
+    if !borrowed.may_receive_in_place()
         || numbers.census.has_ring(numbers.table)
-        || !is_slow_to_close(first.there)
-        || is_slow_to_close(first.back)
+        || aim == Aim::Speed && !is_worth_it()
     {
         return none;
     }
@@ -94,7 +119,11 @@ pub(super) fn choose(
             if used.peek().is_none_or(|fd| fd.as_raw() > next) && own.as_raw() != next {
                 free.extend(Fd::new(next));
             }
-            if free.len() > PLUGS.min((index + 1) * PLUGS_EACH) {
+            let most = match aim {
+                Aim::Speed => PLUGS.min((index + 1) * PLUGS_EACH),
+                Aim::Locks => PLUGS,
+            };
+            if free.len() > most {
                 free.truncate(below);
                 return (index, free);
             }
@@ -113,12 +142,14 @@ pub(super) fn exchange(
     borrowed: &mut Borrowed<'_>,
     items: &mut [&mut Item<'_>],
     free: &[Fd],
-    is_alone: bool,
+    numbers: Numbers<'_>,
+    aim: Aim,
     deadline: Deadline,
 ) -> Result<Option<usize>, SwitchError> {
+    let size = numbers.letter(aim);
     let (are_plugged, has_ranges) = plug(borrowed, free, deadline)?;
     let result = if are_plugged {
-        receive(borrowed, items, is_alone, has_ranges, deadline).map(Some)
+        receive(borrowed, items, size, has_ranges, deadline).map(Some)
     } else {
         tracing::debug!(
             pid = borrowed.pid().as_raw(),
@@ -171,11 +202,10 @@ fn plug(
 fn receive(
     borrowed: &mut Borrowed<'_>,
     items: &mut [&mut Item<'_>],
-    is_alone: bool,
+    size: usize,
     has_ranges: bool,
     deadline: Deadline,
 ) -> Result<usize, SwitchError> {
-    let size = if is_alone { MESSAGE_DESCRIPTORS } else { SHORT };
     let mut placed = 0;
     // A message is received with FD_CLOEXEC or without it. Those of the other kind are in use meanwhile, so the order within a kind is enough.
     for kind in [false, true] {

@@ -7,10 +7,11 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
-use super::locks::{self, Hold};
+use super::bystanders::{Bystanders, Closer};
+use super::locks::{self, Grip, Hold};
 use super::steps::{LockHandover, MovedLock, Step, StepLog, Way};
 use super::{NotMoved, Report, SwitchError, descriptors, directories, in_place, mappings, sys};
-use crate::census::{Census, FsId, Table, TableId};
+use crate::census::{Census, FsId, Table};
 use crate::ids::{Fd, ProcessId, Tid};
 use crate::remote::{Borrowed, MESSAGE_DESCRIPTORS};
 use crate::stop::{Deadline, Stopped};
@@ -44,6 +45,10 @@ pub(super) struct Job<'a> {
     locks: Locks,
     /// Whoever kept the locks is dead: there is nothing to weaken through the old descriptors.
     pub(super) are_locks_gone: bool,
+    /// Locks that are not handed over and would be lost in the exchange of the descriptors.
+    bystanders: Bystanders<'a>,
+    /// Locks that would be lost when the mappings are made, before the descriptors are exchanged.
+    on_mapped: Bystanders<'a>,
 }
 
 impl<'a> Job<'a> {
@@ -58,6 +63,8 @@ impl<'a> Job<'a> {
             mappings: Vec::new(),
             locks: Locks::Full,
             are_locks_gone: false,
+            bystanders: Bystanders::default(),
+            on_mapped: Bystanders::default(),
         }
     }
 
@@ -70,18 +77,26 @@ impl<'a> Job<'a> {
         handover: &mut dyn LockHandover,
         report: &mut Report,
     ) -> Result<(), SwitchError> {
+        let closer = self.closer();
+        self.on_mapped = closer.lost_with_mappings(&self.mappings, Way::There)?;
+        self.bystanders = closer.lost_with_descriptors(&self.items, &self.mappings)?;
         self.with_thread(stopped, deadline, log, |job, borrowed, message, log| {
             // Mappings first: each is made through a descriptor that is closed again, and closing any descriptor of a file drops the POSIX locks that the
-            // process holds on it (fcntl_locking(2)). Before the descriptors are exchanged the locks are on the other filesystem's file.
+            // process holds on it (fcntl_locking(2)). Before the descriptors are exchanged most are on the other filesystem's file.
             if !job.mappings.is_empty() {
                 record(log, &job.mappings_step(Way::There, |_| true))?;
+                job.on_mapped.protect(borrowed, deadline)?;
                 let (count, bytes) =
                     mappings::exchange(borrowed, &mut job.mappings, Way::There, message, deadline)?;
                 report.mappings += count;
                 report.bytes_copied += bytes;
+                job.on_mapped.take_again(borrowed, deadline)?;
             }
             job.exchange_directories(borrowed, deadline, log, report)?;
-            job.exchange_descriptors(borrowed, message, deadline, log, handover, report)
+            job.exchange_descriptors(borrowed, message, deadline, log, handover, report)?;
+            job.bystanders.take_again(borrowed, deadline)?;
+            report.locks_taken_again += job.on_mapped.taken() + job.bystanders.taken();
+            Ok(())
         })
     }
 
@@ -94,6 +109,8 @@ impl<'a> Job<'a> {
         handover: &mut dyn LockHandover,
     ) -> Result<(), SwitchError> {
         let untouched = self.locks == Locks::Full
+            && self.bystanders.are_untouched()
+            && self.on_mapped.are_untouched()
             && !self.items.iter().any(|i| i.is_touched)
             && !self.directories.iter().any(|(_, i)| i.is_touched)
             && !self.mappings.iter().any(|i| i.is_touched);
@@ -105,6 +122,9 @@ impl<'a> Job<'a> {
             deadline,
             &mut Regardless(log),
             |job, borrowed, message, log| {
+                // Whatever fails, the rest is put back all the same.
+                let bystanders = job.bystanders.protect(borrowed, deadline);
+                let on_mapped = job.protect_on_mapped(borrowed, deadline);
                 let mappings = if job.mappings.iter().any(|i| i.is_touched) {
                     record(log, &job.mappings_step(Way::Back, |item| item.is_touched))?;
                     mappings::exchange(borrowed, &mut job.mappings, Way::Back, message, deadline)
@@ -112,9 +132,16 @@ impl<'a> Job<'a> {
                 } else {
                     Ok(())
                 };
+                let on_mapped = on_mapped.and(job.on_mapped.take_again(borrowed, deadline));
                 let directories = job.restore_directories(borrowed, deadline, log);
-                job.restore_descriptors(borrowed, message, deadline, log, handover)?;
-                directories.and(mappings)
+                let descriptors =
+                    job.restore_descriptors(borrowed, message, deadline, log, handover);
+                let bystanders = bystanders.and(job.bystanders.take_again(borrowed, deadline));
+                descriptors
+                    .and(on_mapped)
+                    .and(bystanders)
+                    .and(directories)
+                    .and(mappings)
             },
         )?;
         self.verify()
@@ -247,12 +274,55 @@ impl<'a> Job<'a> {
         )
     }
 
-    fn table_id(&self) -> TableId {
-        self.table.id
+    fn moved_locks(&self) -> Vec<MovedLock> {
+        locks::of_items(self.table.id, self.process.pid, &self.items)
     }
 
-    fn moved_locks(&self) -> Vec<MovedLock> {
-        locks::of_items(self.table_id(), self.process.pid, &self.items)
+    /// Where descriptors are closed.
+    fn closer(&self) -> Closer<'a> {
+        Closer {
+            census: self.census,
+            table: self.table.id,
+            pid: self.process.pid,
+            tid: self.tid,
+        }
+    }
+
+    /// Before old mappings are made again.
+    fn protect_on_mapped(
+        &mut self,
+        borrowed: &mut Borrowed<'_>,
+        deadline: Deadline,
+    ) -> Result<(), SwitchError> {
+        let are_descriptors_old = !self.items.iter().any(|item| item.is_touched);
+        if self.on_mapped.are_untouched() {
+            self.on_mapped = if are_descriptors_old {
+                self.closer()
+                    .lost_with_mappings(&self.mappings, Way::Back)?
+            } else {
+                // They are handed back with the descriptors.
+                Bystanders::default()
+            };
+        }
+        self.on_mapped.protect(borrowed, deadline)
+    }
+
+    /// Puts the replacements of all descriptors in place.
+    fn put_in_place(
+        &mut self,
+        borrowed: &mut Borrowed<'_>,
+        message: usize,
+        deadline: Deadline,
+    ) -> Result<usize, SwitchError> {
+        let numbers = in_place::Numbers {
+            census: self.census,
+            table: self.table.id,
+            is_alone: self.table.members.len() == 1,
+        };
+        let (items, bystanders) = (&mut self.items, &mut self.bystanders);
+        let placed = descriptors::spare(borrowed, items, bystanders, numbers, deadline)?;
+        let (way, numbers) = (Way::There, Some(numbers));
+        Ok(placed + descriptors::place(borrowed, items, way, message, numbers, deadline)?)
     }
 
     fn exchange_descriptors(
@@ -268,46 +338,27 @@ impl<'a> Job<'a> {
             return Ok(());
         }
         record(log, &self.descriptors_step(Way::There, |_| true))?;
-        let numbers = in_place::Numbers {
-            census: self.census,
-            table: self.table.id,
-            is_alone: self.table.members.len() == 1,
-        };
         let moved = self.moved_locks();
         if moved.is_empty() {
-            report.descriptors += descriptors::place(
-                borrowed,
-                &mut self.items,
-                Way::There,
-                message,
-                Some(numbers),
-                deadline,
-            )?;
+            report.descriptors += self.put_in_place(borrowed, message, deadline)?;
             return Ok(());
         }
         let pid = self.process.pid;
         if !self.are_locks_gone {
             self.locks = Locks::Weak;
-            locks::hold(borrowed, &moved, Hold::Read, deadline)?;
+            locks::hold(borrowed, moved.iter().map(Grip::from), Hold::Read, deadline)?;
         }
         handover
             .before(&moved, Way::There)
             .map_err(|source| SwitchError::Handover { pid, source })?;
         self.locks = Locks::Lost;
         let lost = Instant::now();
-        report.descriptors += descriptors::place(
-            borrowed,
-            &mut self.items,
-            Way::There,
-            message,
-            Some(numbers),
-            deadline,
-        )?;
-        locks::hold(borrowed, &moved, Hold::Read, deadline)?;
+        report.descriptors += self.put_in_place(borrowed, message, deadline)?;
+        locks::hold(borrowed, moved.iter().map(Grip::from), Hold::Read, deadline)?;
         handover
             .after(&moved, Way::There)
             .map_err(|source| SwitchError::Handover { pid, source })?;
-        locks::hold(borrowed, &moved, Hold::Full, deadline)?;
+        locks::hold(borrowed, moved.iter().map(Grip::from), Hold::Full, deadline)?;
         report.lock_window = report.lock_window.max(lost.elapsed());
         report.locks += moved.len();
         Ok(())
@@ -331,7 +382,7 @@ impl<'a> Job<'a> {
             handover
                 .after(&moved, Way::Back)
                 .map_err(|source| SwitchError::Handover { pid, source })?;
-            locks::hold(borrowed, &moved, Hold::Full, deadline)?;
+            locks::hold(borrowed, moved.iter().map(Grip::from), Hold::Full, deadline)?;
             self.locks = Locks::Full;
             return Ok(());
         }
@@ -361,11 +412,11 @@ impl<'a> Job<'a> {
             None,
             deadline,
         )?;
-        locks::hold(borrowed, &moved, Hold::Read, deadline)?;
+        locks::hold(borrowed, moved.iter().map(Grip::from), Hold::Read, deadline)?;
         handover
             .after(&moved, Way::Back)
             .map_err(|source| SwitchError::Handover { pid, source })?;
-        locks::hold(borrowed, &moved, Hold::Full, deadline)?;
+        locks::hold(borrowed, moved.iter().map(Grip::from), Hold::Full, deadline)?;
         self.locks = Locks::Full;
         Ok(())
     }

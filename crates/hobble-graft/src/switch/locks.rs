@@ -8,6 +8,7 @@ use super::SwitchError;
 use super::descriptors::Item;
 use super::steps::MovedLock;
 use crate::census::TableId;
+use crate::ids::Fd;
 use crate::proc::locks::{FileLock, LockClass, LockKind};
 use crate::remote::{Borrowed, Call};
 use crate::stop::Deadline;
@@ -19,6 +20,26 @@ pub(super) enum Hold {
     Read,
     /// Write locks where they were write locks; the read locks are held already.
     Full,
+}
+
+/// A lock, and through which descriptors of the target it is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Grip {
+    pub(super) lock: FileLock,
+    /// For a lock as it is.
+    pub(super) fd: Fd,
+    /// For a read lock on the range, where some descriptor allows it: a lock for writing cannot be weakened through one that may only write.
+    pub(super) reader: Option<Fd>,
+}
+
+impl From<&MovedLock> for Grip {
+    fn from(moved: &MovedLock) -> Self {
+        Self {
+            lock: moved.lock,
+            fd: moved.fd,
+            reader: moved.is_readable.then_some(moved.fd),
+        }
+    }
 }
 
 /// `struct flock` is 32 bytes.
@@ -68,16 +89,15 @@ fn structure(lock: &FileLock, kind: LockKind) -> [u8; FLOCK] {
 /// Makes the target hold the locks; never waits for them (`F_SETLK`).
 pub(super) fn hold(
     borrowed: &mut Borrowed<'_>,
-    locks: &[MovedLock],
+    locks: impl IntoIterator<Item = Grip>,
     hold: Hold,
     deadline: Deadline,
 ) -> Result<(), SwitchError> {
-    let wanted: Vec<&MovedLock> = locks
-        .iter()
-        .filter(|moved| match hold {
-            // A write lock cannot be weakened through a descriptor that may only write.
-            Hold::Read => moved.is_readable,
-            Hold::Full => moved.lock.kind == LockKind::Write,
+    let wanted: Vec<(Fd, FileLock)> = locks
+        .into_iter()
+        .filter_map(|grip| match hold {
+            Hold::Read => Some((grip.reader?, grip.lock)),
+            Hold::Full => (grip.lock.kind == LockKind::Write).then_some((grip.fd, grip.lock)),
         })
         .collect();
     let kind = match hold {
@@ -88,14 +108,14 @@ pub(super) fn hold(
     for group in wanted.chunks(BATCH) {
         let bytes: Vec<u8> = group
             .iter()
-            .flat_map(|moved| structure(&moved.lock, kind))
+            .flat_map(|(_, lock)| structure(lock, kind))
             .collect();
         borrowed.memory().write(at, &bytes)?;
         let mut calls: Vec<Call> = (at..)
             .step_by(FLOCK)
             .zip(group)
-            .map(|(address, moved)| {
-                let fd = u64::from(moved.fd.as_raw().cast_unsigned());
+            .map(|(address, (fd, _))| {
+                let fd = u64::from(fd.as_raw().cast_unsigned());
                 Call::new(
                     libc::SYS_fcntl,
                     &[fd, libc::F_SETLK.cast_unsigned().into(), address],
@@ -105,11 +125,11 @@ pub(super) fn hold(
             .collect();
         borrowed.run(&mut calls, deadline)?;
         let pid = borrowed.pid();
-        for (call, moved) in calls.iter().zip(group) {
+        for (call, (fd, lock)) in calls.iter().zip(group) {
             let error = |errno| SwitchError::Lock {
                 pid,
-                fd: moved.fd,
-                start: moved.lock.start,
+                fd: *fd,
+                start: lock.start,
                 errno,
             };
             match call.result() {

@@ -31,6 +31,15 @@ pub(super) struct Item<'a> {
     pub(super) is_touched: bool,
 }
 
+impl<'a> Item<'a> {
+    pub(super) fn source(&self, way: Way) -> BorrowedFd<'a> {
+        match way {
+            Way::There => self.there,
+            Way::Back => self.back,
+        }
+    }
+}
+
 /// Why a mapping cannot be exchanged by anybody; `None` when it can.
 pub(super) fn obstacle(mapping: &Mapping) -> Option<&'static str> {
     let flags = &mapping.flags;
@@ -117,14 +126,7 @@ fn make(
     let mut files: Vec<(MappedFileId, BorrowedFd<'_>)> = Vec::new();
     for item in group {
         if !files.iter().any(|(id, _)| *id == item.mapping.file) {
-            files.push((
-                item.mapping.file,
-                if way == Way::There {
-                    item.there
-                } else {
-                    item.back
-                },
-            ));
+            files.push((item.mapping.file, item.source(way)));
         }
     }
     let sources: Vec<BorrowedFd<'_>> = files.iter().map(|(_, fd)| *fd).collect();

@@ -6,12 +6,14 @@
 //! * Whatever fails, and when the budget is used up, everything done so far is undone with the kept originals and the undoing is
 //!   checked with `kcmp`; [`SwitchFailed::rolled_back`] says whether that succeeded.
 //! * Every step is told to the [`StepLog`] before it is made.
-//! * All POSIX locks of a table are handed over around its exchange as [`LockHandover`] says; none is dropped silently.
+//! * All POSIX locks of a table are handed over around its exchange as [`LockHandover`] says; none is dropped silently. Those that the table holds on the
+//!   same files through descriptors that stay are taken again, see `bystanders`.
 //! * A process that dies meanwhile is left out, not an error, as long as one is left.
 //!
 //! What remains if we die in here: every descriptor, directory and mapping refers to one file or the other. Which of them, the
 //! [`StepLog`] tells roughly and a new census exactly. A raised soft limit on descriptors and a [`crate::remote::Residue`] may be left.
 
+mod bystanders;
 mod descriptors;
 mod directories;
 mod in_place;
@@ -33,6 +35,7 @@ use crate::census::{
     Census, DescriptionId, DescriptionLock, FsId, FsStruct, MappedFileId, Member, SpaceId,
 };
 use crate::ids::{Fd, Pid, ProcessId};
+use crate::proc::ProcError;
 use crate::remote::RemoteError;
 use crate::stop::{Deadline, Stopped};
 use job::Job;
@@ -119,6 +122,15 @@ pub enum SwitchError {
         /// The error of `fcntl` in the target.
         #[source]
         errno: Errno,
+    },
+    /// It could not be found out which POSIX locks a process holds.
+    #[error("cannot find the POSIX locks of process {pid}")]
+    Look {
+        /// The process.
+        pid: Pid,
+        /// The reason.
+        #[source]
+        source: ProcError,
     },
     /// Whoever keeps locks meanwhile has failed.
     #[error("cannot keep the POSIX locks of process {pid} during the exchange")]
@@ -234,6 +246,8 @@ pub struct Report {
     pub bytes_copied: u64,
     /// POSIX locks handed over.
     pub locks: usize,
+    /// POSIX locks on the same files, held through descriptors that were not exchanged, which were lost by the way and taken again.
+    pub locks_taken_again: usize,
     /// The longest time from the first exchange of a table to its last lock taken again.
     pub lock_window: Duration,
     /// How long all of it took. How long the targets stood still is told when they are let go.
@@ -329,6 +343,8 @@ impl<'c> Switch<'c> {
         for job in &mut jobs {
             job.are_locks_gone = self.are_locks_gone;
         }
+        // A process that shares its table with another, but not its memory, makes its mappings before the table's locks are handed over: see `Job::run`.
+        jobs.sort_by_key(|job| !job.items.is_empty());
         let mut error = None;
         let mut last_gone = None;
         for job in &mut jobs {

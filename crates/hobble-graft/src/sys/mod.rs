@@ -3,5 +3,6 @@
 
 pub(crate) mod fcntl;
 pub(crate) mod kcmp;
+pub(crate) mod lock;
 pub(crate) mod mount;
 pub(crate) mod pagemap;
