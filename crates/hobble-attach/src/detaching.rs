@@ -5,13 +5,13 @@
 //! on working, and recovery can be tried again. Everybody who holds something of the hook is moved, targets or not.
 
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use hobble_api::status::NotCovered as NotCoveredStatus;
 use hobble_graft::census::{
-    self, Census, DescriptionId, DescriptionLock, FsId, MappedFileId, TableId,
+    self, Access, Census, DescriptionId, DescriptionLock, FsId, MappedFileId, TableId,
 };
 use hobble_graft::ids::ProcessId;
 use hobble_graft::proc::locks::{FileLock, LockClass, LockKind};
@@ -336,6 +336,7 @@ fn returns<'c>(
     let mirror = hook.mirror();
     let stays = staying(hook, census, known, force);
     let held = mirror.with_locks(|locks| locks.held());
+    let mut found = HashSet::new();
     let mut returns = Returns {
         switch: Switch::new(census),
         owners: BTreeMap::new(),
@@ -363,7 +364,8 @@ fn returns<'c>(
         let original = mirror
             .give_back(info)
             .map_err(failed(&description.facts.path))?;
-        let locks = posix_locks(census, description, info, &held, &mut returns.owners);
+        let owners = &mut returns.owners;
+        let locks = posix_locks(census, description, info, &held, owners, &mut found);
         if !locks.is_empty() {
             returns.switch.locks(description.id, locks);
         }
@@ -405,15 +407,27 @@ fn returns<'c>(
     Ok(returns)
 }
 
-/// The POSIX locks that the tables of a description hold on its file through the hook: the kernel does not show them with a FUSE file.
+/// The POSIX locks that the tables of a description hold on its file through the hook and that can be taken through it: the kernel does not show them with a FUSE
+/// file. Each is named with one description only, the first that will do, which `found` remembers.
+///
+/// A process may hold some as the owner that its moved descriptors are to the hook, and others as the one that descriptors opened since are. To the kernel it is
+/// one owner, which comes to hold all of them: two owners never hold the same byte unless both share it (the hook's lock table), so none is lost to another.
 fn posix_locks(
     census: &Census,
     description: &census::Description,
     info: &HandleInfo,
     held: &[LockHolder],
     owners: &mut BTreeMap<(TableId, DescriptionId), OwnerId>,
+    found: &mut HashSet<(TableId, OwnerId, bool)>,
 ) -> Vec<DescriptionLock> {
     let mut locks = Vec::new();
+    // The kernel wants a descriptor that may read for a read lock, and one that may write for the other (fs/locks.c, `check_fmode_for_setlk`).
+    let kinds: &[bool] = match description.flags.access() {
+        Access::Read => &[false],
+        Access::Write => &[true],
+        Access::ReadWrite => &[false, true],
+        Access::Path | Access::Neither => &[],
+    };
     for holder in held.iter().filter(|holder| {
         !holder.ofd && holder.owner.node() == info.node && holder.class == info.class
     }) {
@@ -433,12 +447,19 @@ fn posix_locks(
                     })
             });
         let Some(table) = table else { continue };
-        owners.insert((table, description.id), holder.owner);
-        for range in &holder.ranges {
-            locks.push(DescriptionLock {
+        for is_write in kinds {
+            let ranges = holder
+                .ranges
+                .iter()
+                .filter(|range| (range.kind == locks::LockKind::Write) == *is_write);
+            if !found.insert((table, holder.owner, *is_write)) {
+                continue;
+            }
+            owners.insert((table, description.id), holder.owner);
+            locks.extend(ranges.map(|range| DescriptionLock {
                 lock: held_lock(*range),
                 table: Some(table),
-            });
+            }));
         }
     }
     locks

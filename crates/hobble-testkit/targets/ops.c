@@ -1,7 +1,7 @@
 /* ops: does file operations on demand, counts their results and times them.
  *
  * Commands (SLOT 0..63; COUNT repetitions; answers hold ok, failed, errno{NAME:n}, first_failed, median_us, p90_us, max_us):
- *   open SLOT FLAGS PATH   FLAGS out of r w + (both) c t a x s(sync) d(direct) n(excl)
+ *   open SLOT FLAGS PATH   FLAGS out of r w + (both) c t a x s(sync) d(direct) n(excl) p(O_PATH)
  *   close SLOT
  *   write|read SLOT COUNT SIZE    at offset 0, SIZE, 2*SIZE, … modulo 1 MiB; read answers also `sum` of the bytes
  *   fsync|fdatasync|fstat SLOT COUNT
@@ -9,6 +9,8 @@
  *   stat|openclose|readdir COUNT PATH
  *   rename|link FROM TO; unlink|mkdir|rmdir PATH; create COUNT DIR
  *   cat PATH (answers `text`, 1 KiB at most); size SLOT
+ *   lock SLOT r|w|u START LENGTH (a POSIX lock, without waiting; u gives it up); held SLOT START LENGTH (`sum`: 2 when another process keeps us from reading,
+ *     1 from writing, 0 from neither); map SLOT (one page, shared, for ever)
  *   exit (no answer: ends at once with its descriptors open); pid; report; reset; quit */
 
 #define SLOTS 64
@@ -85,6 +87,7 @@ static int open_flags(const char *text) {
         case 'd': flags |= O_DIRECT; break;
         case 'n': flags |= O_EXCL; break;
         case 'D': flags |= O_DIRECTORY; break;
+        case 'p': flags |= O_PATH; break;
         }
     }
     return flags;
@@ -122,6 +125,17 @@ int main(void) {
         } else if (sscanf(line, "close %d", &slot) == 1) {
             took(start, close(table[slot % SLOTS]) == 0);
             table[slot % SLOTS] = -1;
+        } else if (sscanf(line, "lock %d %1s %ld %ld", &slot, second, &count, &size) == 4) {
+            struct flock lock = {.l_whence = SEEK_SET, .l_start = count, .l_len = size};
+            lock.l_type = second[0] == 'r' ? F_RDLCK : second[0] == 'w' ? F_WRLCK : F_UNLCK;
+            took(start, fcntl(table[slot % SLOTS], F_SETLK, &lock) == 0);
+        } else if (sscanf(line, "held %d %ld %ld", &slot, &count, &size) == 3) {
+            struct flock read = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = count, .l_len = size}, write = read;
+            write.l_type = F_WRLCK;
+            took(start, fcntl(table[slot % SLOTS], F_GETLK, &read) == 0 && fcntl(table[slot % SLOTS], F_GETLK, &write) == 0);
+            sum = read.l_type != F_UNLCK ? 2 : write.l_type != F_UNLCK ? 1 : 0;
+        } else if (sscanf(line, "map %d", &slot) == 1) {
+            took(start, mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, table[slot % SLOTS], 0) != MAP_FAILED);
         } else if (sscanf(line, "size %d", &slot) == 1) {
             struct stat status;
             bool ok = fstat(table[slot % SLOTS], &status) == 0;
