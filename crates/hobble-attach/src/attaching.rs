@@ -429,6 +429,9 @@ impl Engine {
                 // From here on the hook is in use: whatever fails, it must not go without everybody being taken off it first.
                 self.moved_in = true;
                 fault_point::pass("grafted");
+                if let Some(hook) = self.hook.as_ref() {
+                    hook.mirror().arrived();
+                }
                 let released = stopped.release();
                 watch.lap("release");
                 watch.tell();

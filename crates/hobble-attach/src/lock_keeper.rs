@@ -11,7 +11,7 @@ use hobble_graft::census::{Census, DescriptionId, TableId};
 use hobble_graft::proc::locks::LockKind;
 use hobble_graft::switch::{LockHandover, MovedLock, Way};
 use hobble_mirror::adopt::{AdoptedId, HandleId, HandleInfo};
-use hobble_mirror::locks::{Handover, OwnerId};
+use hobble_mirror::locks::{Class, Handover, LockHolder, OwnerId};
 
 use crate::hook::{Hook, lock_range};
 use crate::journal::PosixLock;
@@ -23,6 +23,8 @@ pub(crate) struct Inwards<'a> {
     /// Handles of the stand-ins of every file, by the file's device and inode: a lock may be set through any of them.
     handles: &'a BTreeMap<(u64, u64), Vec<HandleId>>,
     census: &'a Census,
+    /// Who holds POSIX locks through descriptors that were moved in an earlier round.
+    present: Vec<LockHolder>,
     open: BTreeMap<(TableId, u64, u64), Handover>,
 }
 
@@ -33,8 +35,11 @@ impl<'a> Inwards<'a> {
         adopted: &'a BTreeMap<DescriptionId, AdoptedId>,
         handles: &'a BTreeMap<(u64, u64), Vec<HandleId>>,
     ) -> Self {
+        let mut present = hook.mirror().with_locks(|locks| locks.held());
+        present.retain(|holder| !holder.ofd && holder.class == Class::Moved);
         Self {
             hook,
+            present,
             adopted,
             handles,
             census,
@@ -138,8 +143,17 @@ impl LockHandover for Inwards<'_> {
                     .adopted
                     .get(&lock.description)
                     .ok_or_else(|| Self::missing("a lock on a description without a stand-in"))?;
+                let pids = self.processes(lock.table);
                 let mut handover = self.hook.mirror().begin_handover(*adopted)?;
-                handover.limit_to(&self.processes(lock.table));
+                // In a later round of an attachment the process may have locks here already.
+                let present = self
+                    .present
+                    .iter()
+                    .find(|holder| handover.is_of(holder.owner) && pids.contains(&holder.pid));
+                if let Some(holder) = present {
+                    handover.join(holder.owner)?;
+                }
+                handover.limit_to(&pids);
                 handover.accept(
                     self.handles
                         .get(&(dev, ino))

@@ -243,6 +243,10 @@ impl Mirror {
             Err(_) => attempt.by_alias()?,
         };
         if let Some(fh) = guard.door.opened() {
+            if let Ok(handle) = inner.handles.get(fh) {
+                let next = inner.arrivals.load(Ordering::Acquire) + 1;
+                handle.arrives.store(next, Ordering::Release);
+            }
             inner.learn_ofd_owner(&guard.door, stand_in.as_fd(), fh, Some(&adopted));
         }
         Ok(stand_in)

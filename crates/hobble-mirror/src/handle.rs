@@ -46,6 +46,8 @@ pub(crate) struct Handle {
     pub(crate) successor: Mutex<Option<Fh>>,
     /// It takes the place of another.
     pub(crate) is_successor: AtomicBool,
+    /// In which round of [arrivals](crate::Mirror::arrived) it is put in place of what it stands in for; 0 for what programs open themselves.
+    pub(crate) arrives: AtomicU64,
     /// By which name the lock table knows the owner of OFD locks, if this open file has taken the place of another.
     pub(crate) known_as: Mutex<Option<LockOwner>>,
     /// Position of a directory's description; requests of one open directory are served one at a time.
@@ -148,6 +150,7 @@ impl Handles {
             superseded: AtomicBool::new(false),
             successor: Mutex::new(None),
             is_successor: AtomicBool::new(false),
+            arrives: AtomicU64::new(0),
             known_as: Mutex::new(None),
             directory: Mutex::new(None),
         });

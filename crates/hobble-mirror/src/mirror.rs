@@ -1,7 +1,7 @@
 //! The mirror: one mount's worth of everything, and the hand-out of requests.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -46,6 +46,8 @@ pub(crate) struct Inner {
     pub(crate) negotiated: OnceLock<Negotiated>,
     /// A switch is going on.
     pub(crate) quiet: AtomicBool,
+    /// Rounds of stand-ins that have arrived.
+    pub(crate) arrivals: AtomicU64,
     destroyed: AtomicBool,
     /// The next FLUSH is answered ENOSYS, after which the kernel sends no more.
     pub(crate) flushless: AtomicBool,
@@ -93,6 +95,7 @@ impl Mirror {
                 kernel: OnceLock::new(),
                 negotiated: OnceLock::new(),
                 quiet: AtomicBool::new(false),
+                arrivals: AtomicU64::new(0),
                 destroyed: AtomicBool::new(false),
                 flushless: AtomicBool::new(false),
             }),
@@ -117,11 +120,17 @@ impl Mirror {
     }
 
     /// While `true` no operation is delayed, as is right while programs are stopped and their descriptors exchanged. What is delayed already stays so until
-    /// [`Mirror::release`]. Meanwhile closing a descriptor of a file opened by [`Mirror::reopen_stand_in`] drops no POSIX lock: it is the copy by which the
-    /// file came to the program.
+    /// [`Mirror::release`]. Meanwhile closing a descriptor of a file opened by [`Mirror::reopen_stand_in`], or by [`Mirror::stand_in`] until it has
+    /// [arrived](Mirror::arrived), drops no POSIX lock: it is the copy by which the file came to the program.
     pub fn quiesce(&self, on: bool) {
         self.inner.quiet.store(on, Ordering::Release);
         self.inner.lot.bypass(on);
+    }
+
+    /// Says that all stand-ins opened so far are in place or closed. To be called before their programs go on: from then on to close one drops the POSIX locks that
+    /// the program has on the file through moved descriptors, those moved earlier included.
+    pub fn arrived(&self) {
+        self.inner.arrivals.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Ends the delays of chosen callers: their operations are carried out now. Returns how many.

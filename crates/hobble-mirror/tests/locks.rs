@@ -570,6 +570,102 @@ fn posix_locks_move_to_the_hook_and_back() {
     });
 }
 
+/// A descriptor that was missed is moved in a later round, when the process holds locks on the hook already; `happens`: or the move is given up.
+fn later_round(happens: bool) {
+    with(Kind::Ext4, Options::default(), |hook| {
+        let path = hook.behind("f");
+        drop(open(&path));
+        let mut target = Target::start(&path);
+        let outsider = open(&path);
+        let held = |start: i64| ofd(&outsider, libc::F_WRLCK, start, 1) == Err(libc::EAGAIN);
+        let shared = |start: i64| held(start) && ofd(&outsider, libc::F_RDLCK, start, 1).is_ok();
+        let range = |start: u64| LockRange {
+            start,
+            end: start + 9,
+        };
+        let move_over = |target: &mut Target, ranges: &[(LockKind, u64)], happens: bool| {
+            hook.mirror.quiesce(true);
+            let original = open(&path);
+            let (id, moved) = adopted(hook, &original, "f", Vec::new());
+            let present = hook.mirror.with_locks(|locks| locks.held());
+            let mut handover = hook.mirror.begin_handover(id).unwrap();
+            if let Some(holder) = present.first() {
+                handover.join(holder.owner).unwrap();
+            }
+            for (_, start) in ranges {
+                assert_eq!(
+                    target.run(&format!("lock(fcntl.LOCK_SH, 10, {start})")),
+                    "done"
+                );
+                handover.take_read(range(*start)).unwrap();
+            }
+            target.exchange(&moved);
+            handover.accept(&[handle(hook, &moved)]);
+            for (kind, start) in ranges {
+                assert_eq!(
+                    target.run(&format!("lock(fcntl.LOCK_SH, 10, {start})")),
+                    "done"
+                );
+                if *kind == LockKind::Write {
+                    handover.upgrade(range(*start)).unwrap();
+                    assert_eq!(
+                        target.run(&format!("lock(fcntl.LOCK_EX, 10, {start})")),
+                        "done"
+                    );
+                }
+            }
+            let taken = happens.then(|| handover.finish().len());
+            hook.mirror.arrived();
+            hook.mirror.quiesce(false);
+            taken
+        };
+        assert_eq!(target.run("lock(fcntl.LOCK_EX, 10, 0)"), "done");
+        assert_eq!(target.run("lock(fcntl.LOCK_SH, 10, 20)"), "done");
+        let first = [(LockKind::Write, 0), (LockKind::Read, 20)];
+        assert_eq!(move_over(&mut target, &first, true), Some(2));
+        assert!(held(0) && !shared(0) && shared(20));
+
+        // Natively, as by a descriptor that was in flight meanwhile.
+        let open_again = format!("files.insert(0, open({path:?}, 'r+b', buffering=0))");
+        assert_eq!(target.run(&open_again), "done");
+        assert_eq!(target.run("lock(fcntl.LOCK_EX, 10, 40)"), "done");
+        assert_eq!(target.run("lock(fcntl.LOCK_SH, 10, 25)"), "done");
+        let later = [(LockKind::Write, 40), (LockKind::Read, 25)];
+        let taken = move_over(&mut target, &later, happens);
+        assert!(
+            held(0) && !shared(0) && shared(20),
+            "those of the first round"
+        );
+        let ranges: Vec<(u64, u64)> = hook
+            .mirror
+            .with_locks(|locks| locks.held())
+            .iter()
+            .flat_map(|holder| holder.ranges.iter().map(|r| (r.range.start, r.range.end)))
+            .collect();
+        if happens {
+            assert_eq!(taken, Some(3));
+            assert_eq!(ranges, [(0, 9), (20, 34), (40, 49)]);
+            assert!(shared(30) && held(40) && !shared(40));
+        } else {
+            assert_eq!(ranges, [(0, 9), (20, 29)]);
+            assert!(!held(30) && !held(40));
+        }
+        // Once it is there, closing it drops them all, as closing any descriptor of the file does.
+        assert_eq!(target.run("files[0].close()"), "done");
+        assert!(!held(0) && !held(20) && !held(40));
+    });
+}
+
+#[test]
+fn locks_moved_in_a_later_round_are_added_to_those_that_are_there() {
+    later_round(true);
+}
+
+#[test]
+fn a_later_round_that_is_given_up_leaves_the_locks_that_were_there() {
+    later_round(false);
+}
+
 #[test]
 fn an_abandoned_handover_leaves_nothing_locked() {
     with(Kind::Ext4, Options::default(), |hook| {

@@ -10,12 +10,12 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use hobble_fuse::{Fh, NodeId};
 use rustix::fs::OFlags;
 
-use super::table::Class;
+use super::table::{Class, Held};
 use super::{LockKind, LockRange, LockTable, Owner};
 use crate::adopt::HandleId;
 use crate::lock::lock;
@@ -142,7 +142,18 @@ pub struct Handover {
     access: OFlags,
     pids: Arc<[u32]>,
     windows: Vec<Fh>,
+    /// Whom the locks are added to.
+    joined: Option<Joined>,
     finished: bool,
+}
+
+/// An owner that held locks on the hook before the handover.
+struct Joined {
+    owner: Owner,
+    /// What it held.
+    before: Vec<Held>,
+    /// What it was to hold besides.
+    added: Mutex<Vec<LockRange>>,
 }
 
 impl Handover {
@@ -164,8 +175,57 @@ impl Handover {
             access,
             pids: Arc::from([]),
             windows: Vec::new(),
+            joined: None,
             finished: false,
         })
+    }
+
+    /// Whether this owner's locks are on the handover's file.
+    #[must_use]
+    pub fn is_of(&self, owner: OwnerId) -> bool {
+        owner.node == self.node
+    }
+
+    /// Says that the process holds locks on the file through the hook already, moved there earlier, as this owner: those handed over now are added to them, on the
+    /// same description. (Held on another they would be released with it.) To be called before anything is taken.
+    ///
+    /// # Errors
+    /// What taking them on a description that may write says, where they were held on one that may not.
+    pub fn join(&mut self, id: OwnerId) -> io::Result<()> {
+        let mut state = lock(&self.table.state);
+        let Some(inode) = state.inodes.get_mut(&self.node) else {
+            return Ok(());
+        };
+        let before: Vec<Held> = inode.table.of(id.owner).collect();
+        let Some(present) = inode.files.get(&id.owner).filter(|_| id.node == self.node) else {
+            return Ok(());
+        };
+        if present.access == self.access || present.access == OFlags::RDWR {
+            self.file = Arc::clone(&present.file);
+            self.access = present.access;
+        } else {
+            // What is held on a description that may only read is shared, so a second one can hold it as well before the first lets go.
+            for held in &before {
+                ofd::set(self.file.as_fd(), Some(held.kind), held.range)?;
+            }
+            let wider = super::Description {
+                file: Arc::clone(&self.file),
+                access: self.access,
+            };
+            inode.files.insert(id.owner, wider);
+        }
+        self.joined = Some(Joined {
+            owner: id.owner,
+            before,
+            added: Mutex::default(),
+        });
+        Ok(())
+    }
+
+    fn note(&self, range: LockRange) {
+        if let Some(joined) = &self.joined {
+            lock(&joined.added).push(range);
+        }
     }
 
     /// Takes a shared lock on the backing file; the program's own lock on the range must be a shared one.
@@ -173,6 +233,7 @@ impl Handover {
     /// # Errors
     /// `EAGAIN` when somebody holds a write lock.
     pub fn take_read(&self, range: LockRange) -> io::Result<()> {
+        self.note(range);
         ofd::set(self.file.as_fd(), Some(LockKind::Read), range)
     }
 
@@ -181,6 +242,7 @@ impl Handover {
     /// # Errors
     /// `EAGAIN` when somebody else shares the range: an outsider got in at the downgrade.
     pub fn upgrade(&self, range: LockRange) -> io::Result<()> {
+        self.note(range);
         ofd::set(self.file.as_fd(), Some(LockKind::Write), range)
     }
 
@@ -189,7 +251,13 @@ impl Handover {
     /// # Errors
     /// What the filesystem says.
     pub fn give_up(&self, range: LockRange) -> io::Result<()> {
-        ofd::set(self.file.as_fd(), None, range)
+        ofd::set(self.file.as_fd(), None, range)?;
+        // It may have shared a part of it before.
+        let before = self.joined.iter().flat_map(|joined| &joined.before);
+        for held in before.filter(|held| held.range.overlaps(range)) {
+            ofd::set(self.file.as_fd(), Some(held.kind), held.range)?;
+        }
+        Ok(())
     }
 
     /// Says whose locks these are (thread group ids), where several processes hand over locks through the same handles. To be called before [`Handover::accept`].
@@ -254,6 +322,19 @@ impl Drop for Handover {
             return;
         }
         self.close();
+        if let Some(joined) = &self.joined {
+            let added = std::mem::take(&mut *lock(&joined.added));
+            for range in added {
+                if let Err(error) = self.give_up(range) {
+                    tracing::warn!(%error, "a range of a handover that did not happen stays locked");
+                }
+            }
+            let mut state = lock(&self.table.state);
+            if let Some(inode) = state.inodes.get_mut(&self.node) {
+                inode.table.restore(joined.owner, &joined.before);
+            }
+            return;
+        }
         let owners: Vec<Owner> = {
             let state = lock(&self.table.state);
             let files = state.inodes.get(&self.node).map(|inode| &inode.files);

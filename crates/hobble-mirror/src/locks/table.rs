@@ -166,6 +166,14 @@ impl RangeTable {
         }
     }
 
+    /// Makes `owner` hold what it held before.
+    pub(crate) fn restore(&mut self, owner: Owner, before: &[Held]) {
+        self.held.retain(|held| held.owner != owner);
+        self.held.extend_from_slice(before);
+        self.held.sort_by_key(|held| held.range.start);
+        self.tidy();
+    }
+
     /// What `owner` holds.
     pub(crate) fn of(&self, owner: Owner) -> impl Iterator<Item = Held> + '_ {
         self.held

@@ -437,7 +437,9 @@ impl Inner {
         }
     }
 
-    /// Drops the POSIX locks of a process that closes a descriptor; not when it was exchanged for another: then they have moved, or are about to.
+    /// Drops the POSIX locks of a process that closes a descriptor; not when it was exchanged for another (then they have
+    /// moved, or are about to), nor when it is the copy by which a stand-in comes to the program: in a later round of the same attachment the process's locks are here
+    /// already.
     pub(crate) fn flush_locks(&self, fh: Fh, owner: LockOwner) {
         let Ok(handle) = self.handles.get(fh) else {
             return;
@@ -445,7 +447,10 @@ impl Inner {
         if handle.superseded.load(Ordering::Acquire) || handle.given_back.load(Ordering::Acquire) {
             return;
         }
-        if handle.is_successor.load(Ordering::Acquire) && self.quiet.load(Ordering::Acquire) {
+        let is_arriving =
+            handle.arrives.load(Ordering::Acquire) > self.arrivals.load(Ordering::Acquire);
+        let is_copy = is_arriving || handle.is_successor.load(Ordering::Acquire);
+        if is_copy && self.quiet.load(Ordering::Acquire) {
             return;
         }
         self.locks
