@@ -32,10 +32,13 @@ use super::steps::Way;
 use super::{SwitchError, descriptors, mappings};
 use crate::census::{self, Access, Census, OpenFlags, TableId};
 use crate::ids::{Device, Fd, Pid, Tid};
-use crate::proc::locks::LockClass;
+use crate::proc::locks::{FileLock, LockClass};
 use crate::proc::{self, ProcError, fdinfo};
 use crate::remote::Borrowed;
 use crate::stop::Deadline;
+
+/// To ask `/proc` about a descriptor takes about as long as to ask for the inodes of so many.
+const DEARER: usize = 16;
 
 /// A file, whichever mount it was opened through.
 pub(super) type FileId = (Device, u64);
@@ -100,7 +103,7 @@ impl<'a> Closer<'a> {
     ) -> Result<Bystanders<'a>, SwitchError> {
         let exchanged = items.iter().flat_map(|item| &item.places);
         let exchanged = exchanged.map(|(fd, _)| *fd).collect();
-        self.find(&exchanged, || {
+        self.find(&exchanged, 2 * items.len(), || {
             let of_items = items.iter().flat_map(|item| [item.there, item.back]);
             let mapped = [Way::There, Way::Back].map(|way| mapped(mappings.iter(), way));
             of_items
@@ -123,25 +126,43 @@ impl<'a> Closer<'a> {
         if made.is_empty() {
             return Ok(Bystanders::default());
         }
-        self.find(&BTreeSet::new(), || {
+        self.find(&BTreeSet::new(), made.len(), || {
             let made = made.into_iter();
             made.filter_map(|fd| Some((file_of(fd)?, fd))).collect()
         })
     }
 
-    /// What the table holds on `files` through other descriptors than `exchanged`.
+    /// What `/proc` tells of a descriptor; `None` when it was closed since, or the process has died, which the next call in it tells.
+    fn look(&self, fd: Fd) -> Result<Option<fdinfo::FdInfo>, ProcError> {
+        let path = PathBuf::from(format!("/proc/{}/task/{}/fdinfo/{fd}", self.pid, self.tid));
+        match proc::read(&path) {
+            Err(ProcError::Gone { .. }) => Ok(None),
+            Err(error) => Err(error),
+            Ok(text) => match fdinfo::parse(&text) {
+                Ok(info) => Ok(Some(info)),
+                Err(error) => Err(ProcError::parse(&path, error)),
+            },
+        }
+    }
+
+    /// What the table holds on `files`, which as many as `closed` descriptors refer to, through other descriptors than `exchanged`.
     fn find(
         &self,
         exchanged: &BTreeSet<Fd>,
+        closed: usize,
         files: impl FnOnce() -> Files<'a>,
     ) -> Result<Bystanders<'a>, SwitchError> {
-        let (pid, tid) = (self.pid, self.tid);
         let others: Vec<(Fd, FileId)> = self
             .census
             .files_in(self.table)
             .filter(|(fd, _)| !exchanged.contains(fd))
             .collect();
-        if others.is_empty() {
+        // Nearly always there are thousands of closed descriptors and a few others without a lock, or only few of both.
+        let is_free = |(fd, _): &(Fd, FileId)| {
+            let is_posix = |lock: &FileLock| lock.class == LockClass::Posix;
+            matches!(self.look(*fd), Ok(found) if !found.iter().flat_map(|info| &info.locks).any(is_posix))
+        };
+        if others.is_empty() || others.len() * DEARER < closed && others.iter().all(is_free) {
             return Ok(Bystanders::default());
         }
         let files = files();
@@ -150,15 +171,12 @@ impl<'a> Closer<'a> {
             .into_iter()
             .filter(|(_, file)| files.contains_key(file))
         {
-            let path = PathBuf::from(format!("/proc/{pid}/task/{tid}/fdinfo/{fd}"));
-            let failed = |source| SwitchError::Look { pid, source };
-            let text = match proc::read(&path) {
-                // Closed since, or the process has died, which the next call in it tells.
-                Err(ProcError::Gone { .. }) => continue,
-                text => text.map_err(failed)?,
+            let failed = |source| SwitchError::Look {
+                pid: self.pid,
+                source,
             };
-            let info = fdinfo::parse(&text).map_err(|e| failed(ProcError::parse(&path, e)))?;
-            seen.push(Seen { fd, file, info });
+            let info = self.look(fd).map_err(failed)?;
+            seen.extend(info.map(|info| Seen { fd, file, info }));
         }
         let mut locks: Vec<(FileId, Grip)> = Vec::new();
         for Seen { fd, file, info } in &seen {
