@@ -73,6 +73,11 @@ pub(crate) fn run(args: &Recover, global: &Global, out: &mut Out) -> Outcome<()>
             }
         }
     }
+    if args.force {
+        // What could not be put back was told with its event; where the attachment has ended all the same, nobody can do more about it.
+        let there = hobble_attach::ids(&global.state_dir)?;
+        incomplete.retain(|id| there.contains(id));
+    }
     if incomplete.is_empty() {
         return Ok(());
     }
