@@ -132,6 +132,9 @@ impl Default for Handles {
 
 impl Handles {
     pub(crate) fn insert(&self, new: New) -> Arc<Handle> {
+        // Not what the client's description has: one that is shared with an earlier handle may be behind, since F_SETFL sends no request, and no request at all comes
+        // in passthrough. fcntl(2) has F_GETFL fail for a bad descriptor alone.
+        let status = rustix::fs::fcntl_getfl(new.file.as_fd()).unwrap_or(new.flags) & SETTABLE;
         let fh = Fh(self.next.fetch_add(1, Ordering::Relaxed));
         let handle = Arc::new(Handle {
             fh,
@@ -139,7 +142,7 @@ impl Handles {
             file: new.file,
             adopted: new.adopted,
             access: new.flags & OFlags::ACCMODE,
-            status: AtomicU32::new((new.flags & SETTABLE).bits()),
+            status: AtomicU32::new(status.bits()),
             opened_with: new.flags,
             direct: new.direct,
             opener: new.opener,

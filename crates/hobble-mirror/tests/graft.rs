@@ -128,6 +128,32 @@ fn a_file_with_a_name_is_stood_in_for_with_its_flags() {
     });
 }
 
+/// In passthrough the server hears of no `F_SETFL`, so the shared description is as it was when the file was moved.
+#[test]
+fn a_file_reopened_for_the_rules_has_the_flags_of_its_program() {
+    everywhere(|hook| {
+        fs::write(hook.behind("f"), "0123456789").unwrap();
+        let original = OpenOptions::new()
+            .read(true)
+            .append(true)
+            .open(hook.behind("f"))
+            .unwrap();
+        let file = stand_in(hook, adopt(hook, &original, "f"));
+        let appending = rustix::fs::fcntl_getfl(&file).unwrap();
+        rustix::fs::fcntl_setfl(&file, appending.difference(OFlags::APPEND)).unwrap();
+        hook.inject(&["errno=EIO op=write path=f percent=0"]);
+        let again = File::from(hook.mirror.reopen_stand_in(file.as_fd()).unwrap());
+        again.write_all_at(b"abc", 0).unwrap();
+        assert_eq!(fs::read(hook.behind("f")).unwrap(), b"abc3456789");
+        rustix::fs::fcntl_setfl(&again, appending).unwrap();
+        (&again).write_all(b"def").unwrap();
+        assert_eq!(fs::read(hook.behind("f")).unwrap(), b"abc3456789def");
+        drop((file, again, original));
+        hook.recover();
+        fs::remove_file(hook.behind("f")).unwrap();
+    });
+}
+
 #[test]
 fn an_unlinked_file_is_stood_in_for_and_shown_as_deleted() {
     everywhere(|hook| {
