@@ -5,7 +5,8 @@
 //! scope are not even counted; FORGET and INTERRUPT are no operations in this sense.
 
 use std::cell::OnceCell;
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
@@ -21,7 +22,7 @@ use crate::adopt::HandleId;
 use crate::config::{CallerFacts, Callers};
 use crate::lock::{lock, read, write};
 use crate::mirror::Inner;
-use crate::store::{Link, Matched, Node};
+use crate::store::{Inode, Link, Matched, Node, Store, resolve};
 use crate::sys::identity;
 
 /// The plan in force.
@@ -408,14 +409,52 @@ impl Inner {
             offset,
             len,
             now: active.origin.elapsed(),
-            file: FileId(request.node().0),
+            file: &|| self.file_of(request.node(), op),
         });
         Some((decision, active.plan.generation()))
     }
 
+    /// The file that an operation works on, for rules that count each apart. By its inode number as programs see it: a node's id is another after the kernel has forgotten the
+    /// node, and depends on who came first; a device number changes from boot to boot. A name that leads nowhere so far counts as a file of its own.
+    fn file_of(&self, node: NodeId, op: &Op<'_>) -> FileId {
+        let known = |id: NodeId| {
+            self.store
+                .get(id)
+                .map_or(FileId(0), |node| FileId(Store::visible_number(node.inode)))
+        };
+        let child = |parent: NodeId, name: &CStr| match self.inode_of_child(parent, name) {
+            Ok(inode) => FileId(Store::visible_number(inode)),
+            Err(_) => FileId::named(known(parent), name.to_bytes()),
+        };
+        match op {
+            Op::Lookup { name }
+            | Op::Symlink { name, .. }
+            | Op::Mknod { name, .. }
+            | Op::Mkdir { name, .. }
+            | Op::Unlink { name }
+            | Op::Rmdir { name }
+            | Op::Create { name, .. }
+            | Op::Rename { name, .. } => child(node, name),
+            Op::Link { source, .. } => known(*source),
+            // The one that is changed, as for `range`.
+            Op::CopyFileRange(copy) => known(copy.target_node),
+            _ => known(node),
+        }
+    }
+
+    fn inode_of_child(&self, parent: NodeId, name: &CStr) -> std::io::Result<Inode> {
+        let parent = self
+            .store
+            .get(parent)
+            .ok_or_else(|| std::io::Error::from_raw_os_error(libc::ESTALE))?;
+        let directory = self.fd_of(&parent)?;
+        let found = self.with_descriptors(|| resolve(directory.as_fd(), name))?;
+        self.store.inode_of(&found)
+    }
+
     /// What the rules say about the paths that an operation works on.
     fn matches_for(&self, plan: &Plan, node: NodeId, op: &Op<'_>) -> Vec<Arc<[PathMatch]>> {
-        let child = |parent: NodeId, name: &std::ffi::CStr| -> Arc<[PathMatch]> {
+        let child = |parent: NodeId, name: &CStr| -> Arc<[PathMatch]> {
             let path = self.store.path_of_child(parent, name.to_bytes());
             path.map(|path| self.match_path(plan, &path))
                 .into_iter()

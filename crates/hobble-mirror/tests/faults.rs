@@ -679,3 +679,80 @@ fn direct_and_synchronous_writes_go_through_the_server_as_they_are() {
         assert_eq!(stat.st_size, 8192);
     });
 }
+
+/// Has the kernel forget what it knows of the mirror, as it does under memory pressure.
+fn forget_everything(hook: &Hook) {
+    // do_remount_sb drops the dentries of the filesystem (`shrink_dcache_sb`, fs/super.c `reconfigure_super`).
+    rustix::mount::mount_remount(&hook.front, rustix::mount::MountFlags::empty(), "").unwrap();
+    let begun = Instant::now();
+    while hook.mirror.nodes() > 1 {
+        assert!(begun.elapsed() < Duration::from_secs(5), "not forgotten");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn counts_per_file_are_the_files_and_not_the_directorys() {
+    both(|hook| {
+        fs::create_dir(hook.at("d")).unwrap();
+        let (a, b) = (hook.at("d/a"), hook.at("d/b"));
+        let eio = Some(libc::EIO);
+        for path in [&a, &b] {
+            fs::write(path, "x").unwrap();
+        }
+        hook.inject(&["errno=EIO op=unlink,mkdir,rename,link path=d/* times=1 per=file"]);
+        assert_eq!(errno(fs::remove_file(&a)), eio);
+        assert_eq!(errno(fs::remove_file(&b)), eio);
+        fs::rename(&a, hook.at("d/c")).unwrap();
+        fs::hard_link(hook.at("d/c"), &a).unwrap();
+        fs::remove_file(&a).unwrap();
+        fs::remove_file(&b).unwrap();
+        // Names that lead nowhere yet are told apart as well.
+        for name in ["d/x", "d/y"] {
+            assert_eq!(errno(fs::create_dir(hook.at(name))), eio);
+            fs::create_dir(hook.at(name)).unwrap();
+        }
+        hook.recover();
+    });
+}
+
+#[test]
+fn counts_per_file_outlive_what_the_kernel_remembers() {
+    both(|hook| {
+        fs::write(hook.at("f"), "x").unwrap();
+        hook.inject(&["errno=EIO op=open path=f times=1 per=file"]);
+        assert_eq!(errno(File::open(hook.at("f"))), Some(libc::EIO));
+        for _ in 0..2 {
+            forget_everything(hook);
+            File::open(hook.at("f")).unwrap();
+        }
+        hook.recover();
+    });
+}
+
+#[test]
+fn the_same_seed_decides_the_same_for_each_file_whichever_comes_first() {
+    let fails = |hook: &Hook, names: &[&str]| {
+        hook.inject(&["errno=EIO op=open path=f-* percent=50 after=0 per=file"]);
+        let mut failed: Vec<String> = names
+            .iter()
+            .filter(|name| File::open(hook.at(name)).is_err())
+            .map(|name| (*name).to_owned())
+            .collect();
+        hook.recover();
+        failed.sort();
+        failed
+    };
+    with(Kind::Ext4, Options::default(), |hook| {
+        let names: Vec<String> = (0..16).map(|number| format!("f-{number}")).collect();
+        let mut names: Vec<&str> = names.iter().map(String::as_str).collect();
+        for name in &names {
+            fs::write(hook.behind(name), "x").unwrap();
+        }
+        let first = fails(hook, &names);
+        assert!(!first.is_empty() && first.len() < names.len(), "{first:?}");
+        forget_everything(hook);
+        names.reverse();
+        assert_eq!(fails(hook, &names), first);
+    });
+}
