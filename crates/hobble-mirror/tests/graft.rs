@@ -154,6 +154,36 @@ fn a_file_reopened_for_the_rules_has_the_flags_of_its_program() {
     });
 }
 
+/// `F_GETFL` shows O_TMPFILE for as long as the file is open, and O_DIRECTORY is a part of that.
+#[test]
+fn a_nameless_file_that_got_a_name_is_stood_in_for_and_opened_again() {
+    everywhere(|hook| {
+        let nameless = |directory: &Path| {
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .custom_flags(libc::O_TMPFILE)
+                .open(directory)
+                .unwrap()
+        };
+        let name = |file: &File, path: PathBuf| {
+            let number = format!("/proc/self/fd/{}", file.as_raw_fd());
+            rustix::fs::linkat(CWD, number, CWD, path, AtFlags::SYMLINK_FOLLOW).unwrap();
+        };
+        let original = nameless(&hook.back);
+        name(&original, hook.behind("f"));
+        let file = stand_in(hook, adopt(hook, &original, "f"));
+        file.write_all_at(b"abc", 0).unwrap();
+
+        let opened = nameless(&hook.front);
+        let again = File::from(hook.mirror.reopen_stand_in(opened.as_fd()).unwrap());
+        again.write_all_at(b"def", 0).unwrap();
+        name(&opened, hook.at("g"));
+        assert_eq!(fs::read(hook.behind("f")).unwrap(), b"abc");
+        assert_eq!(fs::read(hook.behind("g")).unwrap(), b"def");
+    });
+}
+
 #[test]
 fn an_unlinked_file_is_stood_in_for_and_shown_as_deleted() {
     everywhere(|hook| {
