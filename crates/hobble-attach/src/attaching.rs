@@ -252,6 +252,7 @@ impl Engine {
             volume,
             &self.config.id,
             std::sync::Arc::clone(&self.targets),
+            self.to_myself.clone(),
         )?;
         self.record(&Record::Attachment {
             target: who(target),

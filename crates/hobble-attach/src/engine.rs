@@ -4,6 +4,8 @@
 //! step in between is undone by the step that failed. Rules are on only in the phase Attached and only while not paused.
 //!
 //! This file is the order of things; how each is done is in `attaching`, `detaching` and `hook`.
+//!
+//! Length: the states of an attachment and all that leads from one to another, in one place.
 
 use std::collections::BTreeSet;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -44,6 +46,8 @@ pub(crate) struct Engine {
     pub(crate) journal: Journal,
     pub(crate) ledger: Ledger,
     pub(crate) board: Arc<Board>,
+    /// Where its own threads send it commands.
+    pub(crate) to_myself: Sender<Command>,
     pub(crate) targets: Arc<TargetSet>,
     pub(crate) hook: Option<Hook>,
     plan: PlanSlot,
@@ -137,6 +141,7 @@ impl Engine {
         journal: Journal,
         ledger: Ledger,
         board: Arc<Board>,
+        to_myself: Sender<Command>,
     ) -> Self {
         let root = Pid::new(config.pid).map(|pid| ProcessId {
             pid,
@@ -153,6 +158,7 @@ impl Engine {
             journal,
             ledger,
             board,
+            to_myself,
             targets,
             hook: None,
             plan: PlanSlot::default(),
@@ -205,19 +211,28 @@ impl Engine {
             publish_failure(&self.board, &error);
             return failure_code(&error);
         }
+        let mut due = None;
         loop {
-            let command = match commands.recv_timeout(LOOK_EVERY) {
-                Ok(command) => Some(command),
-                Err(RecvTimeoutError::Timeout) => self.look(),
-                // Every sender has gone: only possible when the control thread died.
-                Err(RecvTimeoutError::Disconnected) => Some(Command::Recover {
-                    why: Why::Failed,
-                    force: false,
-                    answer: None,
-                }),
+            let command = match due.take() {
+                Some(command) => Some(command),
+                None => match commands.recv_timeout(LOOK_EVERY) {
+                    Ok(command) => Some(command),
+                    // No sender goes before this does, which has one itself.
+                    Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => self.look(),
+                },
             };
             match command {
                 None => {}
+                Some(Command::Reopen) => {
+                    if !self.ending
+                        && let Err(error) = self.reopen_misfits()
+                    {
+                        publish_failure(&self.board, &error);
+                        return NEEDS_RECOVERY;
+                    }
+                    // A target that renames all the time must not keep the deadline from being looked at.
+                    due = self.look();
+                }
                 Some(
                     Command::Update { answer, .. }
                     | Command::Pause { answer }
@@ -547,7 +562,8 @@ impl Engine {
                         ),
                     );
                 }
-                Err(_) => {}
+                // Rules are off.
+                Ok(Command::Reopen) | Err(_) => {}
             }
         }
     }

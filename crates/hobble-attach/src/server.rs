@@ -110,7 +110,13 @@ pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32
     crate::fault_point::pass("journal-opened");
     let board = Arc::new(Board::new(first_status(&config, holder)));
     let (engine_in, commands) = mpsc::channel();
-    let mut engine = Engine::new(config.clone(), journal, ledger, Arc::clone(&board));
+    let mut engine = Engine::new(
+        config.clone(),
+        journal,
+        ledger,
+        Arc::clone(&board),
+        engine_in.clone(),
+    );
     let counters = engine.counters();
     let targets = engine.targets();
     let front = Front {

@@ -63,13 +63,17 @@ pub struct CallerFacts {
     pub thread_comm: Option<Comm>,
 }
 
-/// What the mirror asks about callers. Both are called on threads that serve requests and should be quick.
+/// What the mirror asks about callers, and tells. All are called on threads that serve requests and should be quick.
 pub trait Callers: Send + Sync + 'static {
     /// Whether the rules are for this caller. Others' operations pass unmatched. `tid` 0: the kernel acts for nobody.
     fn in_scope(&self, tid: Tid) -> bool;
 
     /// Facts about a caller; asked only when a rule needs them.
     fn facts(&self, tid: Tid) -> CallerFacts;
+
+    /// Files that are open have come under a rule, by a rename or a link, that does not see what is read and written through them:
+    /// [`Mirror::misfits`](crate::Mirror::misfits) says which. They are to be opened anew, by somebody else: called on a thread that serves requests, as the others are.
+    fn misfits(&self) {}
 }
 
 /// Everybody is in scope; facts come from `/proc`.

@@ -59,6 +59,7 @@ pub(crate) const SETTABLE: OFlags = OFlags::APPEND
     .union(OFlags::NONBLOCK);
 
 /// What a handle is made of.
+#[derive(Clone)]
 pub(crate) struct New {
     pub(crate) node: Arc<Node>,
     pub(crate) file: Arc<OwnedFd>,
@@ -172,6 +173,13 @@ impl Handles {
     /// All handles, at some moment.
     pub(crate) fn all(&self) -> Vec<Arc<Handle>> {
         read(&self.open).values().cloned().collect()
+    }
+
+    /// Chosen handles, at some moment.
+    pub(crate) fn select(&self, choose: impl Fn(&Handle) -> bool) -> Vec<Arc<Handle>> {
+        let open = read(&self.open);
+        let chosen = open.values().filter(|handle| choose(handle));
+        chosen.cloned().collect()
     }
 
     /// Any open description of a node.

@@ -1,13 +1,13 @@
 /* ops: does file operations on demand, counts their results and times them.
  *
  * Commands (SLOT 0..63; COUNT repetitions; answers hold ok, failed, errno{NAME:n}, first_failed, median_us, p90_us, max_us):
- *   open SLOT FLAGS PATH   FLAGS out of r w + (both) c t a x s(sync) d(direct) n(excl)
+ *   open SLOT FLAGS PATH   FLAGS out of r w + (both) c t a x s(sync) d(direct) n(excl) D(directory) T(tmpfile in PATH)
  *   close SLOT
  *   write|read SLOT COUNT SIZE    at offset 0, SIZE, 2*SIZE, … modulo 1 MiB; read answers also `sum` of the bytes
  *   fsync|fdatasync|fstat SLOT COUNT
  *   append SLOT COUNT SIZE
  *   stat|openclose|readdir COUNT PATH
- *   rename|link FROM TO; unlink|mkdir|rmdir PATH; create COUNT DIR
+ *   rename|link FROM TO; name SLOT PATH (links a tmpfile); unlink|mkdir|rmdir PATH; create COUNT DIR
  *   cat PATH (answers `text`, 1 KiB at most); size SLOT
  *   exit (no answer: ends at once with its descriptors open); pid; report; reset; quit */
 
@@ -85,6 +85,7 @@ static int open_flags(const char *text) {
         case 'd': flags |= O_DIRECT; break;
         case 'n': flags |= O_EXCL; break;
         case 'D': flags |= O_DIRECTORY; break;
+        case 'T': flags |= O_TMPFILE; break;
         }
     }
     return flags;
@@ -200,6 +201,9 @@ int main(void) {
             took(start, rename(first, second) == 0);
         } else if (sscanf(line, "link %2047s %2047s", first, second) == 2) {
             took(start, link(first, second) == 0);
+        } else if (sscanf(line, "name %d %2047s", &slot, first) == 2) {
+            snprintf(second, sizeof second, "/proc/self/fd/%d", table[slot % SLOTS]);
+            took(start, linkat(AT_FDCWD, second, AT_FDCWD, first, AT_SYMLINK_FOLLOW) == 0);
         } else if (sscanf(line, "unlink %2047s", first) == 1) {
             took(start, unlink(first) == 0);
         } else if (sscanf(line, "mkdir %2047s", first) == 1) {
