@@ -265,6 +265,7 @@ impl Engine {
             std::sync::Arc::clone(&self.targets),
             std::sync::Arc::clone(&self.ledger),
             std::sync::Arc::clone(&self.served),
+            self.to_myself.clone(),
         )?;
         self.record(&Record::Attachment {
             target: who(target),

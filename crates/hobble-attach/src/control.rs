@@ -46,6 +46,8 @@ pub(crate) enum Command {
     Pause { answer: mpsc::Sender<Response> },
     /// Rules on again.
     Resume { answer: mpsc::Sender<Response> },
+    /// Open anew what has come under a rule that does not see it.
+    Reopen,
     /// Recover; the answer comes when it is done.
     Recover {
         why: Why,

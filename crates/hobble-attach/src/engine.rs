@@ -4,9 +4,11 @@
 //! step in between is undone by the step that failed. Rules are on only in the phase Attached and only while not paused.
 //!
 //! This file is the order of things; how each is done is in `attaching`, `detaching` and `hook`.
+//!
+//! Length: the states of an attachment and all that leads from one to another, in one place.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -48,6 +50,8 @@ pub(crate) struct Engine {
     pub(crate) journal: Journal,
     pub(crate) ledger: Arc<Ledger>,
     pub(crate) board: Arc<Board>,
+    /// Where its own threads send it commands.
+    pub(crate) to_myself: Sender<Command>,
     pub(crate) targets: Arc<TargetSet>,
     pub(crate) hook: Option<Hook>,
     pub(crate) served: Served,
@@ -147,6 +151,7 @@ impl Engine {
         ledger: Ledger,
         board: Arc<Board>,
         commands: Receiver<Command>,
+        to_myself: Sender<Command>,
     ) -> Self {
         let own = config.own();
         let root = Pid::new(config.pid).map(|pid| ProcessId {
@@ -164,6 +169,7 @@ impl Engine {
             journal,
             ledger: Arc::new(ledger),
             board,
+            to_myself,
             targets,
             hook: None,
             served: Served::default(),
@@ -230,23 +236,30 @@ impl Engine {
             publish_failure(&self.board, &error);
             return failure_code(&error);
         }
+        let mut looked = Instant::now();
         loop {
-            let next = match self.waiting.pop_front() {
-                Some(command) => Ok(command),
-                None => self.commands.recv_timeout(LOOK_EVERY),
+            // However fast commands come, by a script or by a target that renames all the time, the deadline is looked at.
+            let due = if looked.elapsed() >= LOOK_EVERY {
+                looked = Instant::now();
+                self.look()
+            } else {
+                None
             };
-            let command = match next {
-                Ok(command) => Some(command),
-                Err(RecvTimeoutError::Timeout) => self.look(),
-                // Every sender has gone: only possible when the control thread died.
-                Err(RecvTimeoutError::Disconnected) => Some(Command::Recover {
-                    why: Why::Failed,
-                    force: false,
-                    answer: None,
-                }),
+            let command = match due.or_else(|| self.waiting.pop_front()) {
+                Some(command) => Some(command),
+                // No sender goes before this does, which has one itself.
+                None => self.commands.recv_timeout(LOOK_EVERY).ok(),
             };
             match command {
                 None => {}
+                Some(Command::Reopen) => {
+                    if !self.ending
+                        && let Err(error) = self.reopen_misfits()
+                    {
+                        self.retry(&error.needing_recovery(), true);
+                        return NEEDS_RECOVERY;
+                    }
+                }
                 Some(
                     Command::Update { answer, .. }
                     | Command::Pause { answer }
@@ -268,6 +281,7 @@ impl Engine {
                     Err(error) => {
                         refuse(&answer, &error);
                         if !error.rolled_back() {
+                            self.retry(&error, true);
                             return NEEDS_RECOVERY;
                         }
                     }
@@ -277,6 +291,7 @@ impl Engine {
                     Err(error) => {
                         refuse(&answer, &error);
                         if !error.rolled_back() {
+                            self.retry(&error, true);
                             return NEEDS_RECOVERY;
                         }
                     }
@@ -286,6 +301,7 @@ impl Engine {
                     Err(error) => {
                         refuse(&answer, &error);
                         if !error.rolled_back() {
+                            self.retry(&error, true);
                             return NEEDS_RECOVERY;
                         }
                     }
@@ -361,6 +377,7 @@ impl Engine {
                 Command::Update { answer, .. }
                 | Command::Pause { answer }
                 | Command::Resume { answer } => refuse(&answer, error),
+                Command::Reopen => {}
             }
         }
     }
@@ -379,6 +396,10 @@ impl Engine {
             .is_some_and(|deadline| Instant::now() >= deadline)
         {
             return recover(Why::Deadline);
+        }
+        if self.failures > 0 {
+            // Whatever else has happened, the next try is due when it is due.
+            return None;
         }
         if !self.anybody_left() {
             return recover(Why::TargetExit);
@@ -634,7 +655,8 @@ impl Engine {
                         ),
                     );
                 }
-                Err(_) => {}
+                // Rules are off.
+                Ok(Command::Reopen) | Err(_) => {}
             }
         }
     }

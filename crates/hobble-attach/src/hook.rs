@@ -4,10 +4,11 @@
 //! [`Hook::arm`] and nobody after [`Hook::disarm`]; what is kept of the target stays open as long as the hook lives. If we die, mount and connection stay with the
 //! holder's descriptors.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,11 +19,12 @@ use hobble_graft::census::{Description, Directory, FileFacts, MappedFile};
 use hobble_graft::ids::Device;
 use hobble_graft::proc::locks::{LockClass, LockKind};
 use hobble_graft::stop::Deadline;
-use hobble_mirror::adopt::{AdoptedId, Adoption};
+use hobble_mirror::adopt::{AdoptedId, Adoption, HandleId};
 use hobble_mirror::locks::{self, LockRange, RangeLock};
 use hobble_mirror::{Caching, CallerFacts, Callers, Config, Everybody, Mirror, PlanChange};
 use hobble_rules::Plan;
 
+use crate::control::Command;
 use crate::error::{AttachError, Step};
 use crate::ledger::{Entry, Ledger};
 use crate::own::Own;
@@ -40,6 +42,8 @@ struct Audience {
     targets: Arc<TargetSet>,
     armed: Arc<AtomicBool>,
     ledger: Arc<Ledger>,
+    misfits: Arc<AtomicBool>,
+    engine: Sender<Command>,
 }
 
 impl Callers for Audience {
@@ -60,6 +64,14 @@ impl Callers for Audience {
             tracing::warn!(%error, pid, "should the server die, a lock of this process is lost");
         }
     }
+
+    fn misfits(&self) {
+        // One command at a time, however fast the target renames: the engine looks at all of them when it comes to it.
+        if !self.misfits.swap(true, Ordering::AcqRel) {
+            // Without an engine there is nobody left whom the rules are for.
+            let _ = self.engine.send(Command::Reopen);
+        }
+    }
 }
 
 /// The mirror that is served now, for whoever gives a status: whether it passes files through is known only once it has opened some. Emptied by the
@@ -74,6 +86,8 @@ pub(crate) struct Hook {
     mount: Option<OwnedFd>,
     device: Device,
     armed: Arc<AtomicBool>,
+    /// The engine has been told of misfits, and has not looked since.
+    misfits: Arc<AtomicBool>,
     placed: Option<Covering>,
     /// Removing it has failed.
     unremoved: bool,
@@ -179,6 +193,7 @@ impl Hook {
         targets: Arc<TargetSet>,
         ledger: Arc<Ledger>,
         served: Served,
+        engine: Sender<Command>,
     ) -> Result<Self, AttachError> {
         let failed = |what: &str| {
             let what = what.to_owned();
@@ -195,10 +210,13 @@ impl Hook {
         let new =
             mount::create(&options).map_err(|error| failed("make the FUSE mount")(error.into()))?;
         let armed = Arc::new(AtomicBool::new(false));
+        let misfits = Arc::new(AtomicBool::new(false));
         let audience = Audience {
             targets,
             armed: Arc::clone(&armed),
             ledger,
+            misfits: Arc::clone(&misfits),
+            engine,
         };
         let config = Config {
             root: volume.clone_tree()?,
@@ -229,6 +247,7 @@ impl Hook {
                 minor: connection.number(),
             },
             armed,
+            misfits,
             placed: None,
             unremoved: false,
             leftovers: Vec::new(),
@@ -275,6 +294,14 @@ impl Hook {
     /// Puts a plan in force; see [`Mirror::set_plan`].
     pub(crate) fn set_plan(&self, plan: Option<Arc<Plan>>, origin: Instant) -> PlanChange {
         self.mirror.set_plan(plan, origin)
+    }
+
+    /// The open files that bypass a rule in force; see [`Mirror::misfits`]. Of those that come to be later the engine is told anew.
+    pub(crate) fn misfits(&self) -> BTreeSet<u64> {
+        // Before the look: what comes after it is told.
+        self.misfits.store(false, Ordering::Release);
+        let misfits = self.mirror.misfits().into_iter();
+        misfits.map(HandleId::number).collect()
     }
 
     /// Nothing is delayed from now on, and what was is carried out: the target is about to be stopped (kernel-hazards A2).

@@ -1,4 +1,5 @@
-//! Putting a rule set in force, and opening anew what was opened in a mode that the new rules cannot see.
+//! Putting a rule set in force, and opening anew what was opened in a mode that the rules cannot see: it was open before them, or it has come under one of them since, by
+//! another name.
 //!
 //! Invariant: when [`Engine::put_in_force`] returns without an error, no open file of the target bypasses a rule that is for it. When it fails, the former
 //! rules are in force, for the files too that were opened under the new ones meanwhile; and where those could not be opened anew either, the error, the
@@ -137,26 +138,50 @@ impl Engine {
         let had_rules = former.is_some();
         match change(&mut Serving { engine: self, step }, plan, former) {
             Ok(()) => {
-                self.tell_unseen(0);
+                self.tell_unseen(0, NOT_IN_FORCE);
                 if let Some(hook) = self.hook.as_ref() {
                     hook.arm();
                 }
                 Ok(())
             }
             Err(NotInForce { error, unseen }) => {
-                self.tell_unseen(unseen);
+                self.tell_unseen(unseen, NOT_IN_FORCE);
                 Err(not_in_force(error, unseen, had_rules))
             }
         }
     }
 
-    /// Shows in status and events that the rules in force do not see some open files, or that they see all of them again.
-    fn tell_unseen(&mut self, files: usize) {
+    /// Opens anew the files that have come under a rule in force by a rename or a link, and do not show it what is read and written through them. Where that fails, the
+    /// attachment goes on and tells of it; the error is that of a target that is left half way.
+    pub(crate) fn reopen_misfits(&mut self) -> Result<(), AttachError> {
+        let misfits = |hook: Option<&Hook>| hook.map(Hook::misfits).unwrap_or_default();
+        let unseen = misfits(self.hook.as_ref());
+        if unseen.is_empty() {
+            return Ok(());
+        }
+        match self.reopen(&unseen, Step::Update) {
+            Ok(()) => {
+                self.tell_unseen(0, RENAMED);
+                Ok(())
+            }
+            Err(error) if error.rolled_back() => {
+                tracing::warn!(%error, cause = error.cause_chain(), files = unseen.len(), "files that were renamed or linked under a rule could not be exchanged");
+                let unseen = misfits(self.hook.as_ref());
+                self.tell_unseen(unseen.len(), RENAMED);
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Shows in status and events that the rules in force do not see some open files, and `why`, or that they see all of them again.
+    fn tell_unseen(&mut self, files: usize, why: &str) {
         let now = (files > 0).then(|| NotCovered {
             what: open_files(files),
-            reason: "opened for rules that could not be put in force, and not exchanged since: the rules in force do not see what is read and written through \
-                     them until they are closed, or until the next change of the rules"
-                .to_owned(),
+            reason: format!(
+                "{why}, and not exchanged since: the rules in force do not see what is read and written through them until they are closed, or until the next \
+                 change of the rules"
+            ),
             pid: None,
         });
         if now == self.unseen {
@@ -288,6 +313,10 @@ impl Engine {
         self.began.unwrap_or_else(Instant::now)
     }
 }
+
+/// Why open files are not seen by the rules.
+const NOT_IN_FORCE: &str = "opened for rules that could not be put in force";
+const RENAMED: &str = "renamed or linked under a rule while they were open";
 
 fn open_files(number: usize) -> String {
     if number == 1 {

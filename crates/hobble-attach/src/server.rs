@@ -116,6 +116,7 @@ pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32
         ledger,
         Arc::clone(&board),
         commands,
+        engine_in.clone(),
     );
     let counters = engine.counters();
     let targets = engine.targets();

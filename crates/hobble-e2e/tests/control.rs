@@ -449,3 +449,36 @@ fn two_attachments_side_by_side() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn a_file_renamed_under_a_rule_that_cannot_be_opened_anew_is_told_of() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let at = text(volume.path())?;
+        let mut target = Target::start(Program::Ops, [""; 0])?;
+        target.expect(&format!("open 1 +c {at}/new.tmp"))?;
+        let rules = ["--fault", "errno=EIO op=write path=current.log"];
+        let injection = hobble.attach(target.pid(), volume.path(), &rules)?;
+        let not_covered = || -> Result<String> {
+            let shown = hobble.json(&["show"])?;
+            let listed = shown.get("not_covered").cloned().unwrap_or_default();
+            Ok(listed.to_string())
+        };
+        // Whoever is traced cannot be stopped by us, so no open file can be exchanged.
+        let tracer = Target::start(Program::Tracer, [target.pid().to_string()])?;
+        target.expect(&format!("rename {at}/new.tmp {at}/current.log"))?;
+        until("the file is told of", Duration::from_secs(10), || {
+            not_covered().is_ok_and(|told| {
+                told.contains("1 open file") && told.contains("renamed or linked under a rule")
+            })
+        })?;
+        // The attachment goes on, and the next change of the rules catches up.
+        ensure!(number(&target.expect("write 1 10 64")?, "failed")? == 0);
+        tracer.finish()?;
+        hobble.run(["update", rules[0], rules[1]])?;
+        ensure!(number(&target.expect("write 1 10 64")?, "failed")? == 10);
+        ensure!(not_covered()? == "[]", "{}", not_covered()?);
+        injection.recover()?;
+        ensure!(number(&target.expect("write 1 10 64")?, "failed")? == 0);
+        target.finish().map(drop)
+    })
+}

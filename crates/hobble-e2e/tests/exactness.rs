@@ -1,6 +1,6 @@
 //! Faults are exact: the right share, the right delay, the right operations, files and processes; nothing before, nothing after.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use hobble_e2e::{errno, rule_count, scene};
@@ -171,6 +171,71 @@ fn counts_and_metadata_faults() -> Result<()> {
                 "ok"
             )? == 1
         );
+        target.finish().map(drop)
+    })
+}
+
+/// Writes until one fails, as one does soon when the file has come under a rule; then all have to.
+fn fails_soon_and_for_good(target: &mut Target, slot: u32) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(10);
+    while number(&target.expect(&format!("write {slot} 1 64"))?, "failed")? == 0 {
+        ensure!(
+            Instant::now() < end,
+            "slot {slot}: the rule does not see the file"
+        );
+    }
+    let answer = target.expect(&format!("write {slot} 500 64"))?;
+    ensure!(errno(&answer, "EIO") == 500, "slot {slot}: {answer}");
+    Ok(())
+}
+
+#[test]
+fn a_file_that_is_renamed_under_a_rule_while_it_is_open_is_hit() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let at = text(volume.path())?;
+        let mut target = Target::start(Program::Ops, NONE)?;
+        target.expect(&format!("mkdir {at}/old"))?;
+        target.expect(&format!("open 1 +c {at}/before.tmp"))?;
+        target.expect(&format!("open 2 +c {at}/old/deep"))?;
+        let injection = hobble.attach(
+            target.pid(),
+            volume.path(),
+            &[
+                "--fault",
+                "errno=EIO op=write path=current.log,logs/**,linked",
+            ],
+        )?;
+        target.expect(&format!("open 3 +c {at}/after.tmp"))?;
+        target.expect(&format!("open 4 +T {at}"))?;
+        target.expect(&format!("open 5 +c {at}/bystander"))?;
+        for slot in 1..=5 {
+            let answer = target.expect(&format!("write {slot} 100 64"))?;
+            ensure!(number(&answer, "failed")? == 0, "slot {slot}: {answer}");
+        }
+        for (slot, change) in [
+            (1, format!("rename {at}/before.tmp {at}/current.log")),
+            (2, format!("rename {at}/old {at}/logs")),
+            (3, format!("rename {at}/after.tmp {at}/current.log")),
+            (4, format!("name 4 {at}/linked")),
+        ] {
+            let answer = target.expect(&change)?;
+            ensure!(number(&answer, "failed")? == 0, "{change}: {answer}");
+            fails_soon_and_for_good(&mut target, slot)?;
+        }
+        ensure!(number(&target.expect("write 5 500 64")?, "failed")? == 0);
+        // Renamed away again it is hit no more, without anything being opened anew.
+        target.expect(&format!("rename {at}/logs {at}/old"))?;
+        ensure!(number(&target.expect("write 2 500 64")?, "failed")? == 0);
+        let status = hobble.json(&["show"])?;
+        ensure!(
+            status.get("not_covered") == Some(&serde_json::json!([])),
+            "{status}"
+        );
+        injection.recover()?;
+        for slot in 1..=5 {
+            let answer = target.expect(&format!("write {slot} 100 64"))?;
+            ensure!(number(&answer, "failed")? == 0, "slot {slot}: {answer}");
+        }
         target.finish().map(drop)
     })
 }

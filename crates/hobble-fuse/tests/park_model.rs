@@ -27,24 +27,34 @@ use table::{Interrupted, Outcome, Parked, Table, Taken};
 
 const REQUESTS: u64 = 3;
 
-/// Counts how often it was carried on with; moved by value, so it can only be in one place.
+/// Counts how often it was carried on with, and with an INTERRUPT; moved by value, so it can only be in one place.
 struct Payload(u64, Arc<Vec<AtomicUsize>>);
 
 impl Payload {
-    fn finish(self) {
+    fn finish(self, interrupt: Option<u64>) {
         self.1[self.0 as usize].fetch_add(1, Ordering::SeqCst);
+        if let Some(token) = interrupt {
+            assert_eq!(token, self.0);
+            self.1[(REQUESTS + token) as usize].fetch_add(1, Ordering::SeqCst);
+        }
     }
 }
 
-fn finish(taken: Taken<Payload>) {
-    taken.payload.finish();
+fn finish(taken: Taken<Payload, u64>) {
+    taken.payload.finish(taken.interrupt);
     drop(taken.going);
 }
 
 type Model = Table<Payload, u64, u64>;
 
 fn counters() -> Arc<Vec<AtomicUsize>> {
-    Arc::new((0..REQUESTS).map(|_| AtomicUsize::new(0)).collect())
+    Arc::new((0..2 * REQUESTS).map(|_| AtomicUsize::new(0)).collect())
+}
+
+fn assert_each_done_once(counters: &[AtomicUsize]) {
+    for count in &counters[..REQUESTS as usize] {
+        assert_eq!(count.load(Ordering::SeqCst), 1);
+    }
 }
 
 fn parked(
@@ -74,7 +84,7 @@ fn park(
             interrupted: true, ..
         } => kill(table, unique),
         Outcome::Parked { .. } => {}
-        Outcome::Bypassed(payload) => payload.finish(),
+        Outcome::Bypassed(payload, interrupt) => payload.finish(interrupt),
     }
 }
 
@@ -129,9 +139,7 @@ fn every_request_is_carried_on_with_exactly_once() {
             let mut due = Vec::new();
             assert_eq!(table.due(late, &mut due), None);
             due.into_iter().for_each(finish);
-            for count in done.iter() {
-                assert_eq!(count.load(Ordering::SeqCst), 1);
-            }
+            assert_each_done_once(&done);
             let counts = table.counts();
             assert_eq!(
                 (
@@ -141,9 +149,14 @@ fn every_request_is_carried_on_with_exactly_once() {
                 ),
                 (0, 0, 0)
             );
-            // Every INTERRUPT that found nothing is given back to the kernel in the end.
-            let (_, more) = table.stale_interrupts(late);
+            // Every INTERRUPT goes with its request, or found nothing and is given back to the kernel in the end.
+            let (stale, more) = table.stale_interrupts(late);
             assert!(!more);
+            for token in 0..REQUESTS {
+                let with_request = done[(REQUESTS + token) as usize].load(Ordering::SeqCst);
+                let alone = stale.iter().filter(|stale| **stale == token).count();
+                assert_eq!(with_request + alone, 1);
+            }
         },
         5000,
         4,
@@ -172,9 +185,7 @@ fn a_kill_is_seen_whether_its_interrupt_comes_before_or_after_the_request_is_par
                 }
             }
             parker.join().unwrap();
-            for count in done.iter() {
-                assert_eq!(count.load(Ordering::SeqCst), 1);
-            }
+            assert_each_done_once(&done);
             // Nothing of them is left, not even a deadline to be woken by.
             assert_eq!(table.due(start, &mut Vec::new()), None);
         },
@@ -201,9 +212,7 @@ fn nothing_is_parked_once_the_lot_lets_everything_pass() {
             table.release(|_| true).into_iter().for_each(finish);
             assert_eq!(table.counts().parked, 0);
             parker.join().unwrap();
-            for count in done.iter() {
-                assert_eq!(count.load(Ordering::SeqCst), 1);
-            }
+            assert_each_done_once(&done);
         },
         5000,
     );

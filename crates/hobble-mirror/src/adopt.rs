@@ -164,6 +164,17 @@ const MIRRORED: OFlags = OFlags::ACCMODE
     .union(OFlags::DIRECTORY)
     .union(OFlags::PATH);
 
+/// The flags to open a stand-in with for a description with these.
+fn mirrored(flags: OFlags) -> OFlags {
+    // F_GETFL goes on to tell how a file was made, and half of O_TMPFILE is O_DIRECTORY.
+    let flags = if flags.contains(OFlags::TMPFILE) {
+        flags.difference(OFlags::TMPFILE)
+    } else {
+        flags
+    };
+    flags & MIRRORED
+}
+
 /// How long to wait until the kernel has dropped a made-up name.
 const SETTLE: Duration = Duration::from_millis(500);
 
@@ -225,7 +236,7 @@ impl Mirror {
     pub fn stand_in(&self, mount: BorrowedFd<'_>, id: AdoptedId) -> io::Result<OwnedFd> {
         let inner = &self.inner;
         let adopted = inner.adopted(id)?;
-        let flags = rustix::fs::fcntl_getfl(&*adopted.original)? & MIRRORED;
+        let flags = mirrored(rustix::fs::fcntl_getfl(&*adopted.original)?);
         let is_path = flags.contains(OFlags::PATH);
         let flags = if is_path {
             OFlags::PATH | OFlags::NOFOLLOW
@@ -348,7 +359,7 @@ impl Mirror {
             .handle
             .ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))?;
         let handle = self.inner.handles.get(handle.0)?;
-        let flags = rustix::fs::fcntl_getfl(fuse)? & MIRRORED;
+        let flags = mirrored(rustix::fs::fcntl_getfl(fuse)?);
         let guard = self.inner.doors.open(Purpose::Again(Arc::clone(&handle)));
         let again = crate::fd::reopen(fuse, flags)?;
         let fh = guard

@@ -76,6 +76,10 @@ pub trait Callers: Send + Sync + 'static {
     fn holds_locks_on(&self, file: BorrowedFd<'_>, pid: u32) {
         let _ = (file, pid);
     }
+
+    /// Files that are open have come under a rule, by a rename or a link, that does not see what is read and written through them:
+    /// [`Mirror::misfits`](crate::Mirror::misfits) says which. They are to be opened anew, by somebody else: called on a thread that serves requests, as the others are.
+    fn misfits(&self) {}
 }
 
 /// Everybody is in scope; facts come from `/proc`.

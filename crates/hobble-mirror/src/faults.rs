@@ -11,17 +11,18 @@ use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use hobble_fuse::park::{Wait, Wake};
-use hobble_fuse::{Caller, InjectedErrno, NodeId, Op, Reply, Request};
+use hobble_fuse::{Caller, InjectedErrno, Op, Reply, Request};
 use hobble_rules::{
-    CallerFacts as RuleCaller, Comm, Decision, FileId, Op as RuleOp, OpContext, OpSet, PathMatch,
-    Plan,
+    CallerFacts as RuleCaller, Comm, Decision, Op as RuleOp, OpContext, OpSet, PathMatch, Plan,
 };
 
 use crate::adopt::HandleId;
 use crate::config::{CallerFacts, Callers};
+use crate::handle::Handle;
 use crate::lock::{lock, read, write};
 use crate::mirror::Inner;
 use crate::store::{Link, Matched, Node};
+use crate::subject::{is_exclusive, range, rule_op};
 use crate::sys::identity;
 
 /// The plan in force.
@@ -119,6 +120,11 @@ impl Rules {
         self.ops.load(Ordering::Acquire) & bit(op) != 0
     }
 
+    /// Whether any rule may want to see reads or writes.
+    fn name_data(&self) -> bool {
+        self.ops.load(Ordering::Acquire) & bits(OpSet::WITH_DATA) != 0
+    }
+
     fn active(&self) -> Option<Active> {
         read(&self.active).clone()
     }
@@ -190,88 +196,6 @@ impl RuleCaller for Asker<'_> {
     fn thread_comm(&self) -> Option<Comm> {
         self.facts().thread_comm
     }
-}
-
-/// What a request is called in a rule; `None` for what no rule can name.
-fn rule_op(op: &Op<'_>) -> Option<RuleOp> {
-    Some(match op {
-        Op::Lookup { .. } => RuleOp::Lookup,
-        Op::Getattr { .. } | Op::Statx { .. } => RuleOp::Getattr,
-        Op::Setattr(_) => RuleOp::Setattr,
-        Op::Readlink => RuleOp::Readlink,
-        Op::Symlink { .. } => RuleOp::Symlink,
-        Op::Mknod { .. } => RuleOp::Mknod,
-        Op::Mkdir { .. } => RuleOp::Mkdir,
-        Op::Unlink { .. } => RuleOp::Unlink,
-        Op::Rmdir { .. } => RuleOp::Rmdir,
-        Op::Rename { .. } => RuleOp::Rename,
-        Op::Link { .. } => RuleOp::Link,
-        Op::Open { .. } => RuleOp::Open,
-        Op::Create { .. } => RuleOp::Create,
-        Op::Tmpfile { .. } => RuleOp::Tmpfile,
-        Op::Read { .. } => RuleOp::Read,
-        Op::Write { .. } => RuleOp::Write,
-        Op::Statfs => RuleOp::Statfs,
-        Op::Release { .. } => RuleOp::Release,
-        Op::Fsync {
-            datasync: false, ..
-        } => RuleOp::Fsync,
-        Op::Fsync { datasync: true, .. } => RuleOp::Fdatasync,
-        Op::Setxattr { .. } => RuleOp::Setxattr,
-        Op::Getxattr { .. } => RuleOp::Getxattr,
-        Op::Listxattr { .. } => RuleOp::Listxattr,
-        Op::Removexattr { .. } => RuleOp::Removexattr,
-        Op::Flush { .. } => RuleOp::Flush,
-        Op::Opendir { .. } => RuleOp::Opendir,
-        Op::Readdir { .. } | Op::Readdirplus { .. } => RuleOp::Readdir,
-        Op::Releasedir { .. } => RuleOp::Releasedir,
-        Op::Fsyncdir { .. } => RuleOp::Fsyncdir,
-        Op::Getlk(_) => RuleOp::Getlk,
-        Op::Setlk(ask) | Op::Setlkw(ask) if ask.flock => RuleOp::Flock,
-        Op::Setlk(_) | Op::Setlkw(_) => RuleOp::Setlk,
-        Op::Access { .. } => RuleOp::Access,
-        Op::Ioctl { .. } => RuleOp::Ioctl,
-        Op::Fallocate { .. } => RuleOp::Fallocate,
-        Op::Lseek { .. } => RuleOp::Lseek,
-        Op::CopyFileRange(_) => RuleOp::CopyFileRange,
-        Op::Syncfs => RuleOp::Syncfs,
-        _ => return None,
-    })
-}
-
-/// The bytes of a file that an operation works on.
-fn range(op: &Op<'_>) -> (Option<u64>, Option<u64>) {
-    let (offset, len) = match op {
-        Op::Read { offset, size, .. } => (*offset, u64::from(*size)),
-        Op::Write { offset, data, .. } => (*offset, data.len() as u64),
-        Op::Fallocate { offset, length, .. } => (*offset, *length),
-        Op::CopyFileRange(copy) => (copy.target_offset, copy.len),
-        _ => return (None, None),
-    };
-    (Some(offset), Some(len))
-}
-
-/// Whether the kernel holds an inode's lock exclusively while it waits for this operation, so that others queue behind it, unkillable.
-fn is_exclusive(op: &Op<'_>) -> bool {
-    matches!(
-        op,
-        Op::Setattr(_)
-            | Op::Symlink { .. }
-            | Op::Mknod { .. }
-            | Op::Mkdir { .. }
-            | Op::Unlink { .. }
-            | Op::Rmdir { .. }
-            | Op::Rename { .. }
-            | Op::Link { .. }
-            | Op::Create { .. }
-            | Op::Write { .. }
-            | Op::Setxattr { .. }
-            | Op::Removexattr { .. }
-            | Op::Fallocate { .. }
-            | Op::CopyFileRange(_)
-            | Op::Fsync { .. }
-            | Op::Fsyncdir { .. }
-    )
 }
 
 impl Inner {
@@ -408,45 +332,12 @@ impl Inner {
             offset,
             len,
             now: active.origin.elapsed(),
-            file: FileId(request.node().0),
+            file: &|| self.file_of(request.node(), op),
         });
         Some((decision, active.plan.generation()))
     }
 
-    /// What the rules say about the paths that an operation works on.
-    fn matches_for(&self, plan: &Plan, node: NodeId, op: &Op<'_>) -> Vec<Arc<[PathMatch]>> {
-        let child = |parent: NodeId, name: &std::ffi::CStr| -> Arc<[PathMatch]> {
-            let path = self.store.path_of_child(parent, name.to_bytes());
-            path.map(|path| self.match_path(plan, &path))
-                .into_iter()
-                .collect()
-        };
-        let known = |id: NodeId| -> Arc<[PathMatch]> {
-            self.store
-                .get(id)
-                .map_or_else(|| Arc::from([]), |node| self.matches_of(plan, &node))
-        };
-        match op {
-            Op::Lookup { name }
-            | Op::Symlink { name, .. }
-            | Op::Mknod { name, .. }
-            | Op::Mkdir { name, .. }
-            | Op::Unlink { name }
-            | Op::Rmdir { name }
-            | Op::Create { name, .. } => vec![child(node, name)],
-            Op::Rename {
-                name,
-                new_parent,
-                new_name,
-                ..
-            } => vec![child(node, name), child(*new_parent, new_name)],
-            Op::Link { source, new_name } => vec![known(*source), child(node, new_name)],
-            Op::CopyFileRange(copy) => vec![known(node), known(copy.target_node)],
-            _ => vec![known(node)],
-        }
-    }
-
-    fn match_path(&self, plan: &Plan, path: &[u8]) -> PathMatch {
+    pub(crate) fn match_path(&self, plan: &Plan, path: &[u8]) -> PathMatch {
         let mut absolute = Vec::with_capacity(self.volume.len() + 1 + path.len());
         absolute.extend_from_slice(&self.volume);
         if !path.is_empty() || absolute.is_empty() {
@@ -459,7 +350,8 @@ impl Inner {
     /// What the rules say about all known paths of a node; computed when the plan, the node's names or those of a directory above have changed.
     pub(crate) fn matches_of(&self, plan: &Plan, node: &Node) -> Arc<[PathMatch]> {
         let moves = self.store.moves();
-        if let Some(matched) = node.matched()
+        let (matched, changes) = node.matched();
+        if let Some(matched) = matched
             && matched.moves == moves
             && matched
                 .paths
@@ -474,10 +366,11 @@ impl Inner {
             .iter()
             .map(|path| self.match_path(plan, path))
             .collect();
-        node.set_matched(Matched {
+        let matched = Matched {
             moves,
             paths: Arc::clone(&paths),
-        });
+        };
+        node.set_matched(matched, changes);
         paths
     }
 
@@ -500,7 +393,7 @@ impl Inner {
         // What is answered from now on follows the new plan; what was answered before is then dropped from the kernel's caches.
         let drained = self.rules.progress.drain(SETTLE);
         self.invalidate(&plans);
-        let mut change = self.misfits(new.as_ref().map(|active| &*active.plan));
+        let mut change = self.fitting(new.as_ref().map(|active| &*active.plan));
         change.settled = self.kernel.get().is_none_or(|kernel| kernel.flush(SETTLE)) && drained;
         change
     }
@@ -561,8 +454,39 @@ impl Inner {
         })
     }
 
+    /// Handles that bypass a rule of the plan in force, among those that `choose` wants.
+    pub(crate) fn misfits(&self, choose: impl Fn(&Handle) -> bool) -> Vec<HandleId> {
+        let Some(active) = self.rules.active() else {
+            return Vec::new();
+        };
+        let candidate = |handle: &Handle| {
+            !handle.direct
+                && handle.node.is_regular()
+                && !handle.superseded.load(Ordering::Acquire)
+                && choose(handle)
+        };
+        // Matching walks up the directories, which is not for under the lock of the handles.
+        let mut handles = self.handles.select(candidate);
+        handles.retain(|handle| intercepts(self, &active.plan, &handle.node));
+        handles.iter().map(|handle| HandleId(handle.fh)).collect()
+    }
+
+    /// These nodes have other names now: what is open of them, or below them, may have come under a rule that it bypasses. To be called when the names have changed; an open looks at
+    /// them once more when its handle can be found ([`Inner::open`]), so that one of the two sees the other.
+    pub(crate) fn names_changed(&self, nodes: &[&Node]) {
+        if !self.rules.name_data() || nodes.is_empty() {
+            return;
+        }
+        let below = nodes.iter().any(|node| node.is_dir());
+        let concerned =
+            |handle: &Handle| below || nodes.iter().any(|node| node.id == handle.node.id);
+        if !self.misfits(concerned).is_empty() {
+            self.callers.misfits();
+        }
+    }
+
     /// Handles whose I/O mode does not fit the plan.
-    fn misfits(&self, plan: Option<&Plan>) -> PlanChange {
+    fn fitting(&self, plan: Option<&Plan>) -> PlanChange {
         let mut change = PlanChange::default();
         for handle in self.handles.all() {
             if !handle.node.is_regular() {

@@ -61,6 +61,7 @@ pub(crate) const SETTABLE: OFlags = OFlags::APPEND
     .union(OFlags::NONBLOCK);
 
 /// What a handle is made of.
+#[derive(Clone)]
 pub(crate) struct New {
     pub(crate) node: Arc<Node>,
     pub(crate) file: Arc<OwnedFd>,
@@ -134,6 +135,9 @@ impl Default for Handles {
 
 impl Handles {
     pub(crate) fn insert(&self, new: New) -> Arc<Handle> {
+        // Not what the client's description has: one that is shared with an earlier handle may be behind, since F_SETFL sends no request, and no request at all comes
+        // in passthrough. fcntl(2) has F_GETFL fail for a bad descriptor alone.
+        let status = rustix::fs::fcntl_getfl(new.file.as_fd()).unwrap_or(new.flags) & SETTABLE;
         let fh = Fh(self.next.fetch_add(1, Ordering::Relaxed));
         let handle = Arc::new(Handle {
             fh,
@@ -141,7 +145,7 @@ impl Handles {
             file: new.file,
             adopted: new.adopted,
             access: new.flags & OFlags::ACCMODE,
-            status: AtomicU32::new((new.flags & SETTABLE).bits()),
+            status: AtomicU32::new(status.bits()),
             opened_with: new.flags,
             direct: new.direct,
             opener: new.opener,
@@ -172,6 +176,13 @@ impl Handles {
     /// All handles, at some moment.
     pub(crate) fn all(&self) -> Vec<Arc<Handle>> {
         read(&self.open).values().cloned().collect()
+    }
+
+    /// Chosen handles, at some moment.
+    pub(crate) fn select(&self, choose: impl Fn(&Handle) -> bool) -> Vec<Arc<Handle>> {
+        let open = read(&self.open);
+        let chosen = open.values().filter(|handle| choose(handle));
+        chosen.cloned().collect()
     }
 
     /// Any open description of a node.

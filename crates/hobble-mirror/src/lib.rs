@@ -42,6 +42,7 @@ pub mod locks;
 mod mirror;
 mod ops;
 mod store;
+mod subject;
 mod sys;
 
 pub use config::{Caching, CallerFacts, Callers, Config, Everybody};

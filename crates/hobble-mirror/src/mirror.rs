@@ -12,6 +12,7 @@ use hobble_fuse::{
 };
 use hobble_rules::{Decision, Plan};
 
+use crate::adopt::HandleId;
 use crate::config::{Caching, Callers, Config};
 use crate::door::Doors;
 use crate::error::MirrorError;
@@ -117,6 +118,13 @@ impl Mirror {
     /// Operations that are delayed already stay so; [`Mirror::release`] ends that. Must not be called from a thread that serves requests.
     pub fn set_plan(&self, plan: Option<Arc<Plan>>, origin: Instant) -> PlanChange {
         self.inner.set_plan(plan.map(|plan| (plan, origin)))
+    }
+
+    /// Open files whose reads and writes bypass the server although a rule of the plan in force wants to see them: until they are opened anew the rule cannot fire on
+    /// them. There are some only after [`Mirror::set_plan`], which names them, and after [`Callers::misfits`].
+    #[must_use]
+    pub fn misfits(&self) -> Vec<HandleId> {
+        self.inner.misfits(|_| true)
     }
 
     /// While `true` no operation is delayed, as is right while programs are stopped and their descriptors exchanged. What is delayed already stays so until

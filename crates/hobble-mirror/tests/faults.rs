@@ -10,11 +10,11 @@ mod support;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use hobble_fuse::Tid;
@@ -677,5 +677,224 @@ fn direct_and_synchronous_writes_go_through_the_server_as_they_are() {
         }
         let stat = rustix::fs::statat(CWD, hook.at("f-16384"), AtFlags::empty()).unwrap();
         assert_eq!(stat.st_size, 8192);
+    });
+}
+
+/// Has the kernel forget what it knows of the mirror, as it does under memory pressure.
+fn forget_everything(hook: &Hook) {
+    // do_remount_sb drops the dentries of the filesystem (`shrink_dcache_sb`, fs/super.c `reconfigure_super`).
+    rustix::mount::mount_remount(&hook.front, rustix::mount::MountFlags::empty(), "").unwrap();
+    let begun = Instant::now();
+    while hook.mirror.nodes() > 1 {
+        assert!(begun.elapsed() < Duration::from_secs(5), "not forgotten");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn counts_per_file_are_the_files_and_not_the_directorys() {
+    both(|hook| {
+        fs::create_dir(hook.at("d")).unwrap();
+        let (a, b) = (hook.at("d/a"), hook.at("d/b"));
+        let eio = Some(libc::EIO);
+        for path in [&a, &b] {
+            fs::write(path, "x").unwrap();
+        }
+        hook.inject(&["errno=EIO op=unlink,mkdir,rename,link path=d/* times=1 per=file"]);
+        assert_eq!(errno(fs::remove_file(&a)), eio);
+        assert_eq!(errno(fs::remove_file(&b)), eio);
+        fs::rename(&a, hook.at("d/c")).unwrap();
+        fs::hard_link(hook.at("d/c"), &a).unwrap();
+        fs::remove_file(&a).unwrap();
+        fs::remove_file(&b).unwrap();
+        // Names that lead nowhere yet are told apart as well.
+        for name in ["d/x", "d/y"] {
+            assert_eq!(errno(fs::create_dir(hook.at(name))), eio);
+            fs::create_dir(hook.at(name)).unwrap();
+        }
+        hook.recover();
+    });
+}
+
+#[test]
+fn counts_per_file_outlive_what_the_kernel_remembers() {
+    both(|hook| {
+        fs::write(hook.at("f"), "x").unwrap();
+        hook.inject(&["errno=EIO op=open path=f times=1 per=file"]);
+        assert_eq!(errno(File::open(hook.at("f"))), Some(libc::EIO));
+        for _ in 0..2 {
+            forget_everything(hook);
+            File::open(hook.at("f")).unwrap();
+        }
+        hook.recover();
+    });
+}
+
+#[test]
+fn the_same_seed_decides_the_same_for_each_file_whichever_comes_first() {
+    let fails = |hook: &Hook, names: &[&str]| {
+        hook.inject(&["errno=EIO op=open path=f-* percent=50 after=0 per=file"]);
+        let mut failed: Vec<String> = names
+            .iter()
+            .filter(|name| File::open(hook.at(name)).is_err())
+            .map(|name| (*name).to_owned())
+            .collect();
+        hook.recover();
+        failed.sort();
+        failed
+    };
+    with(Kind::Ext4, Options::default(), |hook| {
+        let names: Vec<String> = (0..16).map(|number| format!("f-{number}")).collect();
+        let mut names: Vec<&str> = names.iter().map(String::as_str).collect();
+        for name in &names {
+            fs::write(hook.behind(name), "x").unwrap();
+        }
+        let first = fails(hook, &names);
+        assert!(!first.is_empty() && first.len() < names.len(), "{first:?}");
+        forget_everything(hook);
+        names.reverse();
+        assert_eq!(fails(hook, &names), first);
+    });
+}
+
+/// Counts how often it is told of misfits.
+struct Told(AtomicUsize);
+
+impl Callers for Told {
+    fn in_scope(&self, _tid: Tid) -> bool {
+        true
+    }
+
+    fn facts(&self, tid: Tid) -> CallerFacts {
+        Everybody.facts(tid)
+    }
+
+    fn misfits(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn an_open_file_that_comes_under_a_data_rule_by_its_name_is_told_of() {
+    use rustix::fs::RenameFlags;
+    let callers = Arc::new(Told(AtomicUsize::new(0)));
+    let options = Options {
+        callers: Arc::clone(&callers) as Arc<dyn Callers>,
+        ..Options::default()
+    };
+    with(Kind::Ext4, options, |hook| {
+        let told = || callers.0.swap(0, Ordering::SeqCst) > 0;
+        let at = |name: &str| hook.at(name);
+        fs::create_dir_all(at("d/e")).unwrap();
+        let (file, deep) = (read_write(&at("new.tmp")), read_write(&at("d/e/f")));
+        let nameless = OpenOptions::new()
+            .write(true)
+            .custom_flags(libc::O_TMPFILE)
+            .open(&hook.front)
+            .unwrap();
+        let misfits = |files: &[&File]| {
+            let mut have = hook.mirror.misfits();
+            have.sort_by_key(|handle| handle.number());
+            let mut want: Vec<_> = files
+                .iter()
+                .map(|file| hook.mirror.identify(file.as_fd()).unwrap().handle.unwrap())
+                .collect();
+            want.sort_by_key(|handle| handle.number());
+            assert_eq!(have, want);
+        };
+        fs::rename(at("new.tmp"), at("current.log")).unwrap();
+        fs::rename(at("current.log"), at("new.tmp")).unwrap();
+        assert!(!told(), "there are no rules");
+        hook.inject(&["errno=EIO op=fsync path=current.log"]);
+        fs::rename(at("new.tmp"), at("current.log")).unwrap();
+        fs::rename(at("current.log"), at("new.tmp")).unwrap();
+        assert!(!told(), "the rule is not about data");
+        hook.recover();
+
+        hook.inject(&["errno=EIO op=write path=current.log,logs/**"]);
+        fs::rename(at("new.tmp"), at("other.tmp")).unwrap();
+        assert!(!told(), "no rule is for this name");
+        fs::rename(at("other.tmp"), at("current.log")).unwrap();
+        assert!(told());
+        misfits(&[&file]);
+        fs::rename(at("current.log"), at("new.tmp")).unwrap();
+        misfits(&[]);
+
+        fs::rename(at("d"), at("logs")).unwrap();
+        assert!(told(), "a directory above it has another name");
+        misfits(&[&deep]);
+        fs::rename(at("logs"), at("d")).unwrap();
+        misfits(&[]);
+
+        fs::write(at("current.log"), "").unwrap();
+        assert!(!told());
+        rustix::fs::renameat_with(
+            CWD,
+            at("new.tmp"),
+            CWD,
+            at("current.log"),
+            RenameFlags::EXCHANGE,
+        )
+        .unwrap();
+        assert!(told(), "exchanged");
+        misfits(&[&file]);
+        fs::rename(at("current.log"), at("old.log")).unwrap();
+        misfits(&[]);
+        told();
+
+        let by_number = format!("/proc/self/fd/{}", nameless.as_raw_fd());
+        rustix::fs::linkat(
+            CWD,
+            by_number,
+            CWD,
+            at("current.log"),
+            AtFlags::SYMLINK_FOLLOW,
+        )
+        .unwrap();
+        assert!(told(), "linked for the first time");
+        misfits(&[&nameless]);
+
+        // What is opened from now on fits.
+        let again = read_write(&at("current.log"));
+        assert_eq!(errno(again.write_at(b"x", 0)), Some(libc::EIO));
+        misfits(&[&nameless]);
+        let again = File::from(hook.mirror.reopen_stand_in(nameless.as_fd()).unwrap());
+        drop(nameless);
+        assert_eq!(errno(again.write_at(b"x", 0)), Some(libc::EIO));
+        hook.recover();
+    });
+}
+
+/// Files are opened while their name changes to and fro: whichever comes first, none of them bypasses the rule untold.
+#[test]
+fn an_open_that_races_with_a_rename_is_told_of_or_fits() {
+    let callers = Arc::new(Told(AtomicUsize::new(0)));
+    let options = Options {
+        callers: Arc::clone(&callers) as Arc<dyn Callers>,
+        ..Options::default()
+    };
+    with(Kind::Tmpfs, options, |hook| {
+        let (plain, ruled) = (hook.at("plain"), hook.at("ruled"));
+        fs::write(&plain, "x").unwrap();
+        hook.inject(&["errno=EIO op=write path=ruled"]);
+        for _ in 0..300 {
+            callers.0.store(0, Ordering::SeqCst);
+            std::thread::scope(|threads| {
+                // By number, so that the open never comes too late for the name.
+                let found = rustix::fs::open(&plain, OFlags::PATH, Mode::empty()).unwrap();
+                let path = format!("/proc/self/fd/{}", found.as_raw_fd());
+                let opening =
+                    threads.spawn(move || OpenOptions::new().write(true).open(path).unwrap());
+                fs::rename(&plain, &ruled).unwrap();
+                let file = opening.join().unwrap();
+                assert!(
+                    hook.mirror.misfits().is_empty() || callers.0.load(Ordering::SeqCst) > 0,
+                    "untold"
+                );
+                drop(file);
+            });
+            fs::rename(&ruled, &plain).unwrap();
+        }
+        hook.recover();
     });
 }

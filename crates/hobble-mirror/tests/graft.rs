@@ -128,6 +128,62 @@ fn a_file_with_a_name_is_stood_in_for_with_its_flags() {
     });
 }
 
+/// In passthrough the server hears of no `F_SETFL`, so the shared description is as it was when the file was moved.
+#[test]
+fn a_file_reopened_for_the_rules_has_the_flags_of_its_program() {
+    everywhere(|hook| {
+        fs::write(hook.behind("f"), "0123456789").unwrap();
+        let original = OpenOptions::new()
+            .read(true)
+            .append(true)
+            .open(hook.behind("f"))
+            .unwrap();
+        let file = stand_in(hook, adopt(hook, &original, "f"));
+        let appending = rustix::fs::fcntl_getfl(&file).unwrap();
+        rustix::fs::fcntl_setfl(&file, appending.difference(OFlags::APPEND)).unwrap();
+        hook.inject(&["errno=EIO op=write path=f percent=0"]);
+        let again = File::from(hook.mirror.reopen_stand_in(file.as_fd()).unwrap());
+        again.write_all_at(b"abc", 0).unwrap();
+        assert_eq!(fs::read(hook.behind("f")).unwrap(), b"abc3456789");
+        rustix::fs::fcntl_setfl(&again, appending).unwrap();
+        (&again).write_all(b"def").unwrap();
+        assert_eq!(fs::read(hook.behind("f")).unwrap(), b"abc3456789def");
+        drop((file, again, original));
+        hook.recover();
+        fs::remove_file(hook.behind("f")).unwrap();
+    });
+}
+
+/// `F_GETFL` shows O_TMPFILE for as long as the file is open, and O_DIRECTORY is a part of that.
+#[test]
+fn a_nameless_file_that_got_a_name_is_stood_in_for_and_opened_again() {
+    everywhere(|hook| {
+        let nameless = |directory: &Path| {
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .custom_flags(libc::O_TMPFILE)
+                .open(directory)
+                .unwrap()
+        };
+        let name = |file: &File, path: PathBuf| {
+            let number = format!("/proc/self/fd/{}", file.as_raw_fd());
+            rustix::fs::linkat(CWD, number, CWD, path, AtFlags::SYMLINK_FOLLOW).unwrap();
+        };
+        let original = nameless(&hook.back);
+        name(&original, hook.behind("f"));
+        let file = stand_in(hook, adopt(hook, &original, "f"));
+        file.write_all_at(b"abc", 0).unwrap();
+
+        let opened = nameless(&hook.front);
+        let again = File::from(hook.mirror.reopen_stand_in(opened.as_fd()).unwrap());
+        again.write_all_at(b"def", 0).unwrap();
+        name(&opened, hook.at("g"));
+        assert_eq!(fs::read(hook.behind("f")).unwrap(), b"abc");
+        assert_eq!(fs::read(hook.behind("g")).unwrap(), b"def");
+    });
+}
+
 #[test]
 fn an_unlinked_file_is_stood_in_for_and_shown_as_deleted() {
     everywhere(|hook| {

@@ -740,3 +740,58 @@ fn a_moved_description_is_closed_with_its_last_stand_in() {
         soon(|| rustix::fs::flock(&outsider, FlockOperation::NonBlockingLockShared).is_ok());
     });
 }
+
+/// The kernel announces one signal for each request. One that came while a rule delayed the request must end the wait for the lock that follows, and so must a kill
+/// after it, which is announced by nobody.
+#[test]
+fn a_signal_during_a_delay_ends_the_wait_for_the_lock_that_follows() {
+    const TAKE: [&str; 2] = [
+        "fcntl.lockf(f, fcntl.LOCK_EX)",
+        "fcntl.flock(f, fcntl.LOCK_EX)",
+    ];
+    both(|hook| {
+        let file = open(&hook.at("f"));
+        posix(&file, libc::F_WRLCK, 0, 0).unwrap();
+        rustix::fs::flock(&file, FlockOperation::LockExclusive).unwrap();
+        hook.inject(&["latency=400ms op=setlk,flock who.comm=python3*"]);
+        for take in TAKE {
+            let script = format!(
+                "
+def stop(signal, frame): raise InterruptedError('stopped')
+signal.signal(signal.SIGALRM, stop)
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+begun = time.monotonic()
+try:
+    {take}
+    print('got it')
+except InterruptedError as error:
+    print(error, time.monotonic() - begun >= 0.35)"
+            );
+            let output = within(Duration::from_secs(10), &hook.at("f"), &script);
+            assert_eq!(output.as_deref(), Some("stopped True"), "{take}");
+            // A handler that returns: Python makes the call again, which is delayed again and waits again, until it is killed.
+            let script = format!(
+                "
+signal.signal(signal.SIGALRM, lambda *_: os.write(1, b'again'))
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+parent = os.getpid()
+if os.fork() == 0:
+    time.sleep(1.2)
+    os.kill(parent, signal.SIGKILL)
+    os._exit(0)
+{take}"
+            );
+            let output = within(Duration::from_secs(10), &hook.at("f"), &script);
+            assert_eq!(output.as_deref(), Some("again"), "{take}, killed");
+        }
+        hook.recover();
+    });
+}
+
+/// What a process says that ends within this time; `None` when it had to be freed by dropping what it waits for.
+fn within(limit: Duration, path: &Path, script: &str) -> Option<String> {
+    let (sender, receiver) = mpsc::channel();
+    let (path, script) = (path.to_path_buf(), script.to_owned());
+    std::thread::spawn(move || sender.send(said(&other_process(&path, &script))));
+    receiver.recv_timeout(limit).ok()
+}

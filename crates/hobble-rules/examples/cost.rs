@@ -42,7 +42,7 @@ fn ask(what: &str, plan: &Plan, op: Op, path: &str) {
         offset: Some(0),
         len: Some(4096),
         now: Duration::ZERO,
-        file: FileId(1),
+        file: &|| FileId(1),
     };
     measure(what, || {
         black_box(plan.decide(black_box(&context)));

@@ -76,11 +76,23 @@ pub(crate) fn below(draw: u64, bound: u64) -> u64 {
     u64::try_from((u128::from(draw) * u128::from(bound)) >> 64).unwrap_or(0)
 }
 
+/// One number for a number and a text.
+pub(crate) fn fold(number: u64, text: &[u8]) -> u64 {
+    let hash = fnv1a_from(fnv1a(&number.to_le_bytes()), text);
+    // Both halves; neither is as well mixed as the two together.
+    let (high, low) = ((hash >> 64) as u64, hash as u64);
+    high ^ low
+}
+
 /// FNV-1a, 128 bits: stable over versions and machines, unlike the standard library's hashers.
 fn fnv1a(bytes: &[u8]) -> u128 {
     const OFFSET: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
+    fnv1a_from(OFFSET, bytes)
+}
+
+fn fnv1a_from(start: u128, bytes: &[u8]) -> u128 {
     const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
-    bytes.iter().fold(OFFSET, |hash, byte| {
+    bytes.iter().fold(start, |hash, byte| {
         (hash ^ u128::from(*byte)).wrapping_mul(PRIME)
     })
 }

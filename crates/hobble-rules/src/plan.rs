@@ -20,9 +20,18 @@ use crate::op::{Op, OpSet};
 use crate::path_match::{PathMatch, RuleBits, ones};
 use crate::pattern::PathIndex;
 
-/// Identity of a file for rules that count `per: file`; the same file must have the same identity for as long as it exists.
+/// Identity of a file for rules that count `per: file`: the same file must have the same identity for as long as it exists, and so that a seed repeats what it did, the same
+/// again in the next run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileId(pub u64);
+
+impl FileId {
+    /// Identity of what has no identity of its own yet: a name in a directory that leads nowhere so far.
+    #[must_use]
+    pub fn named(directory: Self, name: &[u8]) -> Self {
+        Self(crate::draw::fold(directory.0, name))
+    }
+}
 
 /// The place of a rule in its plan, counted from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -43,8 +52,8 @@ pub struct OpContext<'a> {
     pub len: Option<u64>,
     /// Time since injection began.
     pub now: Duration,
-    /// The file, for rules that count per file.
-    pub file: FileId,
+    /// The file, for rules that count per file; asked only when one of them has matched.
+    pub file: &'a dyn Fn() -> FileId,
 }
 
 /// What to do to one operation: wait `delay`; then fail with `errno`, or perform the operation with data and attributes altered.
@@ -471,7 +480,7 @@ impl Entry {
         let key = match when.per {
             Per::Rule => None,
             Per::Process => Some(u64::from(context.caller.pid().unwrap_or(0))),
-            Per::File => Some(context.file.0),
+            Per::File => Some((context.file)().0),
         };
         let scope = key.unwrap_or(0);
         let counted =

@@ -4,7 +4,7 @@
 mod support;
 
 use hobble_rules::{Attributes, FileKind, Op, OpSet, Timestamp};
-use support::{Ask, flags, plan, warnings};
+use support::{Ask, errors, flags, lines, plan, warnings};
 
 const TRUTH: Attributes = Attributes {
     ino: 11,
@@ -46,6 +46,23 @@ fn every_attribute_of_iochaos_can_be_set() {
         rdev: 13,
     };
     assert_eq!(seen(all), expected);
+}
+
+#[test]
+fn a_forged_type_alone_is_refused_and_next_to_others_warned_about() {
+    let found = errors("- fault: {attr: {kind: directory}}");
+    assert!(
+        lines(&found).contains("fault.attr.kind: is not reported"),
+        "{}",
+        lines(&found)
+    );
+    let found = warnings("- fault: {attr: {kind: directory, uid: 0}}");
+    assert!(
+        found
+            .iter()
+            .any(|line| line.contains("fault.attr.kind: is not reported")),
+        "{found:?}"
+    );
 }
 
 #[test]

@@ -117,7 +117,7 @@ fn two_paths_match_on_either() {
             offset: None,
             len: None,
             now: Duration::ZERO,
-            file: FileId(0),
+            file: &|| FileId(0),
         });
         !decision.is_pass()
     };
@@ -141,10 +141,50 @@ fn without_a_path_only_rules_without_a_path_match() {
             offset: None,
             len: None,
             now: Duration::ZERO,
-            file: FileId(0),
+            file: &|| FileId(0),
         };
         assert_eq!(plan.decide(&context).delay, Duration::from_secs(1));
     }
+}
+
+#[test]
+fn who_the_file_is_is_asked_only_when_a_rule_that_counts_per_file_has_matched() {
+    let asked = std::cell::Cell::new(0);
+    let count = |rules: &str| {
+        let plan = plan(rules);
+        let path = plan.match_path(b"x", b"/data/x");
+        asked.set(0);
+        let _ = plan.decide(&OpContext {
+            op: Op::Read,
+            paths: &[&path],
+            caller: &KnownCaller::default(),
+            offset: None,
+            len: None,
+            now: Duration::ZERO,
+            file: &|| {
+                asked.set(asked.get() + 1);
+                FileId(1)
+            },
+        });
+        asked.get()
+    };
+    assert_eq!(count("- {when: {times: 1}, fault: {errno: EIO}}"), 0);
+    assert_eq!(
+        count("- {path: y, when: {times: 1, per: file}, fault: {errno: EIO}}"),
+        0
+    );
+    assert_eq!(
+        count("- {path: x, when: {times: 1, per: file}, fault: {errno: EIO}}"),
+        1
+    );
+    assert_ne!(
+        FileId::named(FileId(1), b"a"),
+        FileId::named(FileId(1), b"b")
+    );
+    assert_ne!(
+        FileId::named(FileId(1), b"a"),
+        FileId::named(FileId(2), b"a")
+    );
 }
 
 #[test]
@@ -159,7 +199,7 @@ fn a_match_of_another_plan_leaves_the_fault_out() {
         offset: None,
         len: None,
         now: Duration::ZERO,
-        file: FileId(0),
+        file: &|| FileId(0),
     };
     assert!(!one.decide(&context).is_pass());
     assert!(two.decide(&context).is_pass());
@@ -237,7 +277,7 @@ fn a_name_of_a_thread_matches_too() {
             offset: None,
             len: None,
             now: Duration::ZERO,
-            file: FileId(0),
+            file: &|| FileId(0),
         };
         assert_eq!(!plan.decide(&context).is_pass(), expected, "{comm}");
     }

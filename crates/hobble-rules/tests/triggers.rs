@@ -100,6 +100,26 @@ fn counts_per_file_and_per_process_are_apart() {
 }
 
 #[test]
+fn each_file_has_a_series_of_chances_of_its_own() {
+    let plan = plan("- {when: {percent: 50, per: file}, fault: {errno: EIO}}");
+    let series = |file: u64| -> Vec<bool> {
+        (0..64)
+            .map(|_| Ask::new(Op::Read).file(file).fires(&plan))
+            .collect()
+    };
+    let together: Vec<bool> = (0..128)
+        .map(|n| Ask::new(Op::Read).file(1 + n % 2).fires(&plan))
+        .collect();
+    let again = support::plan("- {when: {percent: 50, per: file}, fault: {errno: EIO}}");
+    let alone: Vec<bool> = (0..64)
+        .map(|_| Ask::new(Op::Read).file(1).fires(&again))
+        .collect();
+    let of_one: Vec<bool> = together.into_iter().step_by(2).collect();
+    assert_eq!(of_one, alone);
+    assert_ne!(series(3), series(4));
+}
+
+#[test]
 fn an_update_keeps_counts_of_the_same_name_and_starts_windows_of_new_names() {
     let old = plan(
         "- {name: a, when: {after: 2}, fault: {errno: EIO}}\n- {name: gone, op: write, fault: {latency: 1s}}",

@@ -1,13 +1,13 @@
 /* ops: does file operations on demand, counts their results and times them.
  *
  * Commands (SLOT 0..63; COUNT repetitions; answers hold ok, failed, errno{NAME:n}, first_failed, median_us, p90_us, max_us):
- *   open SLOT FLAGS PATH   FLAGS out of r w + (both) c t a x s(sync) d(direct) n(excl) p(O_PATH)
+ *   open SLOT FLAGS PATH   FLAGS out of r w + (both) c t a x s(sync) d(direct) n(excl) p(O_PATH) D(directory) T(tmpfile in PATH)
  *   close SLOT
  *   write|read SLOT COUNT SIZE    at offset 0, SIZE, 2*SIZE, … modulo 1 MiB; read answers also `sum` of the bytes
  *   fsync|fdatasync|fstat SLOT COUNT
  *   append SLOT COUNT SIZE
  *   stat|openclose|readdir COUNT PATH
- *   rename|link FROM TO; unlink|mkdir|rmdir PATH; create COUNT DIR
+ *   rename|link FROM TO; name SLOT PATH (links a tmpfile); unlink|mkdir|rmdir PATH; create COUNT DIR
  *   cat PATH (answers `text`, 1 KiB at most); size SLOT
  *   lock SLOT r|w|u START LENGTH (a POSIX lock, without waiting; u gives it up); held SLOT START LENGTH (`sum`: 2 when another process keeps us from reading,
  *     1 from writing, 0 from neither); map SLOT (one page, shared, for ever)
@@ -88,6 +88,7 @@ static int open_flags(const char *text) {
         case 'n': flags |= O_EXCL; break;
         case 'D': flags |= O_DIRECTORY; break;
         case 'p': flags |= O_PATH; break;
+        case 'T': flags |= O_TMPFILE; break;
         }
     }
     return flags;
@@ -214,6 +215,9 @@ int main(void) {
             took(start, rename(first, second) == 0);
         } else if (sscanf(line, "link %2047s %2047s", first, second) == 2) {
             took(start, link(first, second) == 0);
+        } else if (sscanf(line, "name %d %2047s", &slot, first) == 2) {
+            snprintf(second, sizeof second, "/proc/self/fd/%d", table[slot % SLOTS]);
+            took(start, linkat(AT_FDCWD, second, AT_FDCWD, first, AT_SYMLINK_FOLLOW) == 0);
         } else if (sscanf(line, "unlink %2047s", first) == 1) {
             took(start, unlink(first) == 0);
         } else if (sscanf(line, "mkdir %2047s", first) == 1) {

@@ -273,7 +273,7 @@ impl Lot {
                     shared.bell.ring();
                 }
             }
-            Outcome::Bypassed(waiting) => waiting.go_on(Wake::Released),
+            Outcome::Bypassed(waiting, interrupt) => waiting.go_on(Wake::Released, interrupt),
         }
     }
 
@@ -407,16 +407,23 @@ impl Drop for InterruptGuard {
 }
 
 impl Waiting {
-    fn go_on(self, wake: Wake) {
+    /// Carries on. A signal that came during the wait may matter now, to a lock request that begins to wait for the lock: it has the kernel send the INTERRUPT
+    /// again, which otherwise comes once per request.
+    fn go_on(self, wake: Wake, interrupt: Option<Interrupt>) {
         (self.resume)(self.request, self.reply, wake);
+        interrupt.into_iter().for_each(Interrupt::again);
     }
 }
 
 impl Shared {
-    fn submit(&self, taken: Taken<Waiting>, wake: Wake) {
+    fn submit(&self, taken: Taken<Waiting, Interrupt>, wake: Wake) {
         self.workers.submit(Box::new(move || {
-            let Taken { payload, going } = taken;
-            payload.go_on(wake);
+            let Taken {
+                payload,
+                interrupt,
+                going,
+            } = taken;
+            payload.go_on(wake, interrupt);
             drop(going);
         }));
     }

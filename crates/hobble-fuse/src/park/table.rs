@@ -1,11 +1,12 @@
 //! Which requests are parked, and who gets to end each.
 //!
 //! Invariant: deadline, INTERRUPT, release and kill race for a parked request, and exactly one wins: whoever takes it out of
-//! the table, under its one lock, holds request and reply; nobody else can. An INTERRUPT that comes before its request is
-//! remembered until the request is parked or given back to the kernel. The table reads no clock and starts no thread, so that
-//! `tests/park_model.rs` runs this very file under a scheduler that tries interleavings.
+//! the table, under its one lock, holds request and reply; nobody else can. An INTERRUPT is kept with its request for as long as that is
+//! parked, and goes with it when its wait ends; one that comes before its request is remembered until the request is parked or it is
+//! given back to the kernel. So no INTERRUPT is ever lost. The table reads no clock and starts no thread, so that `tests/park_model.rs`
+//! runs this very file under a scheduler that tries interleavings.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
@@ -27,9 +28,11 @@ pub(crate) struct Parked<T> {
 }
 
 /// A request taken out of the table, counted until dropped.
-pub(crate) struct Taken<T> {
+pub(crate) struct Taken<T, I> {
     /// What was parked.
     pub(crate) payload: T,
+    /// The INTERRUPT that has come for it, if any.
+    pub(crate) interrupt: Option<I>,
     /// Dropped when the request has been carried on with or answered.
     pub(crate) going: Going,
 }
@@ -44,7 +47,7 @@ impl Drop for Going {
 }
 
 /// What came of parking a request.
-pub(crate) enum Outcome<T> {
+pub(crate) enum Outcome<T, I> {
     /// It waits. `sooner`: its deadline is now the first of all. `first`: there was none before, or none that holds a lock.
     /// `interrupted`: an INTERRUPT for it had come before.
     Parked {
@@ -52,8 +55,8 @@ pub(crate) enum Outcome<T> {
         first: bool,
         interrupted: bool,
     },
-    /// Nothing is parked at present: go on at once.
-    Bypassed(T),
+    /// Nothing is parked at present: go on at once. With the INTERRUPT that had come before.
+    Bypassed(T, Option<I>),
 }
 
 /// How many requests there are.
@@ -87,7 +90,7 @@ struct Inner<T, I, C> {
     parked: HashMap<u64, Parked<T>>,
     deadlines: BTreeSet<(Instant, u64)>,
     /// Parked requests for which an INTERRUPT has come: the kernel will not send another.
-    interrupted: BTreeSet<u64>,
+    interrupted: BTreeMap<u64, I>,
     early: HashMap<u64, (Instant, I)>,
     hooks: HashMap<u64, C>,
     /// Parked requests that hold a lock.
@@ -100,18 +103,19 @@ struct Inner<T, I, C> {
 }
 
 impl<T, I, C> Inner<T, I, C> {
-    fn take(&mut self, unique: u64) -> Option<Taken<T>> {
+    fn take(&mut self, unique: u64) -> Option<Taken<T, I>> {
         let parked = self.parked.remove(&unique)?;
         if let Some(deadline) = parked.deadline {
             self.deadlines.remove(&(deadline, unique));
         }
-        self.interrupted.remove(&unique);
+        let interrupt = self.interrupted.remove(&unique);
         self.exclusive -= usize::from(parked.exclusive);
         // Counted under the lock: at no moment is a request neither parked nor going.
         self.going.fetch_add(1, Ordering::SeqCst);
         let going = Going(Arc::clone(&self.going));
         Some(Taken {
             payload: parked.payload,
+            interrupt,
             going,
         })
     }
@@ -123,7 +127,7 @@ impl<T, I, C> Table<T, I, C> {
             inner: Mutex::new(Inner {
                 parked: HashMap::new(),
                 deadlines: BTreeSet::new(),
-                interrupted: BTreeSet::new(),
+                interrupted: BTreeMap::new(),
                 early: HashMap::new(),
                 hooks: HashMap::new(),
                 exclusive: 0,
@@ -139,11 +143,11 @@ impl<T, I, C> Table<T, I, C> {
     }
 
     /// Parks a request, unless nothing is parked at present.
-    pub(crate) fn park(&self, unique: u64, parked: Parked<T>) -> Outcome<T> {
+    pub(crate) fn park(&self, unique: u64, parked: Parked<T>) -> Outcome<T, I> {
         let mut inner = self.lock();
-        let interrupted = inner.early.remove(&unique).is_some();
+        let early = inner.early.remove(&unique).map(|(_, token)| token);
         if inner.bypass {
-            return Outcome::Bypassed(parked.payload);
+            return Outcome::Bypassed(parked.payload, early);
         }
         let mut sooner = false;
         if let Some(deadline) = parked.deadline {
@@ -153,8 +157,9 @@ impl<T, I, C> Table<T, I, C> {
                 .is_none_or(|&(first, _)| deadline < first);
             inner.deadlines.insert((deadline, unique));
         }
-        if interrupted {
-            inner.interrupted.insert(unique);
+        let interrupted = early.is_some();
+        if let Some(token) = early {
+            inner.interrupted.insert(unique, token);
         }
         let first = inner.parked.is_empty() || (parked.exclusive && inner.exclusive == 0);
         inner.exclusive += usize::from(parked.exclusive);
@@ -173,7 +178,7 @@ impl<T, I, C> Table<T, I, C> {
             return Interrupted::Hook(hook);
         }
         if let Some(tid) = inner.parked.get(&unique).map(|parked| parked.tid) {
-            inner.interrupted.insert(unique);
+            inner.interrupted.insert(unique, token);
             return Interrupted::Parked(tid);
         }
         inner.early.insert(unique, (now, token));
@@ -196,12 +201,12 @@ impl<T, I, C> Table<T, I, C> {
     }
 
     /// Takes one request out.
-    pub(crate) fn take(&self, unique: u64) -> Option<Taken<T>> {
+    pub(crate) fn take(&self, unique: u64) -> Option<Taken<T, I>> {
         self.lock().take(unique)
     }
 
     /// Takes out what is due, and tells when the next will be.
-    pub(crate) fn due(&self, now: Instant, due: &mut Vec<Taken<T>>) -> Option<Instant> {
+    pub(crate) fn due(&self, now: Instant, due: &mut Vec<Taken<T, I>>) -> Option<Instant> {
         let mut inner = self.lock();
         loop {
             let &(deadline, unique) = inner.deadlines.first()?;
@@ -214,7 +219,7 @@ impl<T, I, C> Table<T, I, C> {
     }
 
     /// Takes out all that `choose` wants.
-    pub(crate) fn release(&self, mut choose: impl FnMut(&Parked<T>) -> bool) -> Vec<Taken<T>> {
+    pub(crate) fn release(&self, mut choose: impl FnMut(&Parked<T>) -> bool) -> Vec<Taken<T, I>> {
         let mut inner = self.lock();
         let chosen: Vec<u64> = inner
             .parked
@@ -258,7 +263,7 @@ impl<T, I, C> Table<T, I, C> {
         let inner = self.lock();
         inner
             .interrupted
-            .iter()
+            .keys()
             .filter_map(|unique| inner.parked.get(unique).map(|parked| (*unique, parked.tid)))
             .collect()
     }

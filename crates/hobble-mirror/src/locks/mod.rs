@@ -5,7 +5,7 @@
 //!   as OFD locks ([`crate::sys::lock`]), so what the table says is also what the backing file says;
 //! * process-owned (`F_SETLK`) locks are never taken by the server: any close in the server would drop them;
 //! * a reader thread never waits: a client that must wait for another client is queued here, one that must wait for an outsider gets a thread
-//!   ([`waiter`]); INTERRUPT ends either with EINTR;
+//!   ([`waiter`]); INTERRUPT ends either with EINTR, also one that came while a rule delayed the request: the lot has the kernel send it again;
 //! * flock has no table: each handle has its own description of the backing file, which is exactly what flock is about.
 //!
 //! The kernel sends OFD and POSIX locks alike (fs/fuse/file.c `fuse_lk_fill`). The difference shows in what ends them: FLUSH names the POSIX owner

@@ -135,7 +135,9 @@ impl Inner {
                 let node = found.and_then(|found| {
                     let stat = found.stat;
                     let node = self.store.acquire(found).ok()?;
-                    node.learn(&self.store, handle.node.id, bytes, stat.stx_nlink);
+                    if node.learn(&self.store, handle.node.id, bytes, stat.stx_nlink) {
+                        self.names_changed(&[&node]);
+                    }
                     Some((node, stat))
                 });
                 let pushed = match &node {

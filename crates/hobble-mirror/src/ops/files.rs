@@ -107,10 +107,23 @@ impl Inner {
     /// Makes a handle for an open file.
     ///
     /// The plan may change meanwhile. A change looks at all handles after it has taken effect ([`Inner::set_plan`]) and waits for operations in progress before it
-    /// does, so a handle made under the old plan is seen by it.
+    /// does, so a handle made under the old plan is seen by it. The names may change as well, and whoever changes them looks at the handles that are there then: so they are
+    /// looked at once more when this one is.
     fn enter(&self, new: New) -> Entered {
-        let chosen = self.enter_io(&new.node, &new.file, new.flags, new.direct);
-        let handle = self.handles.insert(new);
+        let mut handle = self.handles.insert(new.clone());
+        if !handle.direct && self.rules.intercepts_data(self, &new.node) {
+            self.handles.remove(handle.fh);
+            handle = self.handles.insert(New {
+                direct: true,
+                ..new
+            });
+        }
+        let chosen = self.enter_io(
+            &handle.node,
+            &handle.file,
+            handle.opened_with,
+            handle.direct,
+        );
         (handle, chosen.mode, chosen.backing)
     }
 

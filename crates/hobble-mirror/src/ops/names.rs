@@ -51,7 +51,9 @@ impl Inner {
             .map_err(|error| self.if_alive(parent, error))?;
         let stat = found.stat;
         let node = self.store.acquire(found)?;
-        node.learn(&self.store, parent, name.to_bytes(), stat.stx_nlink);
+        if node.learn(&self.store, parent, name.to_bytes(), stat.stx_nlink) {
+            self.names_changed(&[&node]);
+        }
         self.relieve();
         Ok((node, stat))
     }
@@ -293,13 +295,15 @@ impl Inner {
                     true
                 });
             }
-            if [&moved, &met]
+            let renamed: Vec<&Node> = [&moved, &met]
                 .into_iter()
                 .flatten()
-                .any(|node| node.is_dir())
-            {
+                .map(|node| &**node)
+                .collect();
+            if renamed.iter().any(|node| node.is_dir()) {
                 self.store.directory_moved();
             }
+            self.names_changed(&renamed);
             Ok(())
         });
         finish(reply, renamed);
@@ -327,7 +331,15 @@ impl Inner {
                 AtFlags::EMPTY_PATH,
             )?)
         });
-        self.answer_made(parent, name, linked, reply, decision);
+        let found = linked.and_then(|()| self.find(parent, name));
+        match found {
+            Ok((node, stat)) => {
+                // Its first name, perhaps (`O_TMPFILE`), which `find` makes nothing of.
+                self.names_changed(&[&node]);
+                self.answer_entry(&node, &stat, reply, decision);
+            }
+            Err(error) => fail(reply, &error),
+        }
     }
 
     pub(crate) fn readlink(&self, node: NodeId, reply: Reply) {

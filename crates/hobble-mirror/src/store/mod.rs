@@ -171,6 +171,14 @@ impl Store {
         node.is(found).then_some(node)
     }
 
+    /// Which inode it is.
+    pub(crate) fn inode_of(&self, found: &Found) -> io::Result<Inode> {
+        Ok(Inode {
+            realm: self.realm(found)?.index,
+            number: found.stat.stx_ino,
+        })
+    }
+
     /// The node of a backing inode, with one more reference from the kernel.
     pub(crate) fn acquire(&self, found: Found) -> io::Result<Arc<Node>> {
         let realm = self.realm(&found)?;

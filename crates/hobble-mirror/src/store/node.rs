@@ -73,6 +73,8 @@ pub(crate) struct Node {
 #[derive(Default)]
 struct State {
     names: Names,
+    /// How often the names have changed.
+    changes: u64,
     matched: Option<Box<Matched>>,
     /// Kept for speed (directories), or because the inode may have no name left.
     fd: Option<Arc<OwnedFd>>,
@@ -187,13 +189,14 @@ impl Node {
         let mut state = lock(&self.state);
         let changed = work(&mut state.names);
         if changed {
+            state.changes += 1;
             state.matched = None;
         }
         changed
     }
 
-    /// Learns a name seen by a lookup.
-    pub(crate) fn learn(&self, store: &Store, parent: NodeId, name: &[u8], links: u32) {
+    /// Learns a name seen by a lookup. Says whether it had another before: then it may come under rules under which it was not.
+    pub(crate) fn learn(&self, store: &Store, parent: NodeId, name: &[u8], links: u32) -> bool {
         let sole = self.is_dir() || links <= 1;
         let had_one = self.with_names(|names| names.first().is_some());
         let changed = self.change_names(|names| names.learn(parent, name, sole));
@@ -201,14 +204,21 @@ impl Node {
         if changed && had_one && self.is_dir() {
             store.directory_moved();
         }
+        changed && had_one
     }
 
-    pub(crate) fn matched(&self) -> Option<Matched> {
-        lock(&self.state).matched.as_deref().cloned()
+    /// What was last kept by [`Node::set_matched`] for the present names, and how often those have changed.
+    pub(crate) fn matched(&self) -> (Option<Matched>, u64) {
+        let state = lock(&self.state);
+        (state.matched.as_deref().cloned(), state.changes)
     }
 
-    pub(crate) fn set_matched(&self, matched: Matched) {
-        lock(&self.state).matched = Some(Box::new(matched));
+    /// Keeps what the rules say about the names, unless those have `changes`d meanwhile.
+    pub(crate) fn set_matched(&self, matched: Matched, changes: u64) {
+        let mut state = lock(&self.state);
+        if state.changes == changes {
+            state.matched = Some(Box::new(matched));
+        }
     }
 }
 

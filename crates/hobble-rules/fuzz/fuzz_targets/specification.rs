@@ -23,7 +23,7 @@ fuzz_target!(|text: &str| {
             offset: Some(0),
             len: Some(4096),
             now: Duration::from_secs(1),
-            file: FileId(1),
+            file: &|| FileId(1),
         });
         let mut data = [0; 64];
         for corruption in decision.corrupt {

@@ -505,11 +505,12 @@ fn check_when(checker: &mut Checker<'_>, spec: &WhenSpec) -> Trigger {
         .as_deref()
         .and_then(|word| checker.word("when.per", "scope of the counts", word, &scopes))
         .unwrap_or_default();
-    if when.per != Per::Rule && spec.after.is_none() && spec.every.is_none() && spec.times.is_none()
-    {
+    // With `percent` each scope has a series of decisions of its own.
+    let counted = spec.after.is_some() || spec.every.is_some() || spec.times.is_some();
+    if when.per != Per::Rule && !counted && spec.percent.is_none() {
         checker.warn(
             "when.per",
-            "changes nothing without `after`, `every` or `times`",
+            "changes nothing without `after`, `every`, `times` or `percent`",
         );
     }
     when

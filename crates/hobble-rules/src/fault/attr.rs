@@ -299,8 +299,22 @@ pub(crate) fn check(checker: &mut Checker<'_>, spec: &AttrSpec) -> Option<AttrOv
         checker.error("fault.attr.nlink", "must fit in 32 bits");
     }
     if checked.kind.is_some() {
-        let cause = "the kernel gives a file whose type changes while it is known EIO on every use, until it is looked up afresh";
-        checker.warn("fault.attr.kind", cause);
+        // fuse_do_getattr and fuse_dentry_revalidate (fs/fuse/dir.c) compare it with the type that the inode was made with.
+        let cause = "is not reported: the kernel marks an inode whose type changes as bad, which would outlast the rule";
+        let alone = AttrSpec {
+            kind: None,
+            ..spec.clone()
+        } == AttrSpec::default();
+        if alone {
+            checker
+                .error(
+                    "fault.attr.kind",
+                    format!("{cause}; so this rule alters nothing"),
+                )
+                .hint("`errno: EIO` is what a program sees of such an inode");
+        } else {
+            checker.warn("fault.attr.kind", cause);
+        }
     }
     if checked.size.is_some() {
         checker.warn(

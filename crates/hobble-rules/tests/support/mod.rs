@@ -145,7 +145,7 @@ impl Ask {
             offset: self.range.map(|(offset, _)| offset),
             len: self.range.map(|(_, len)| len),
             now: self.now,
-            file: FileId(self.file),
+            file: &|| FileId(self.file),
         })
     }
 
