@@ -197,12 +197,13 @@ pub fn absolute(name: &str) -> Vec<u8> {
     [b"/volume/", Path::new(name).as_os_str().as_bytes()].concat()
 }
 
-/// A program found through `HOBBLE_TOOLS` or `PATH`; missing is a failure.
+/// A program found in `HOBBLE_TOOLS`, where `cargo xtask setup` puts it, or in `PATH`; missing is a failure.
 pub fn tool(name: &str) -> PathBuf {
-    let from_env =
-        std::env::var_os("HOBBLE_TOOLS").map(|directory| PathBuf::from(directory).join(name));
-    match from_env.filter(|path| path.is_file()) {
-        Some(path) => path,
-        None => hobble_testkit::need::tool(name).unwrap(),
-    }
+    let directory = std::env::var_os("HOBBLE_TOOLS").map_or_else(
+        || hobble_testkit::program::target_directory().join("tools/bin"),
+        PathBuf::from,
+    );
+    Some(directory.join(name))
+        .filter(|path| path.is_file())
+        .unwrap_or_else(|| hobble_testkit::need::tool(name).unwrap())
 }
