@@ -7,11 +7,12 @@ use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use crate::command;
+use crate::leak::GRACE;
 use crate::namespace::Namespace;
 use crate::scratch::Scratch;
 
@@ -161,14 +162,22 @@ impl<'n> Volume<'n> {
         Ok(())
     }
 
-    /// Unmounts and says whether that was possible without force: an open file on it is an error here.
+    /// Unmounts and says whether that was possible without force: a file that stays open on it is an error here.
     ///
     /// # Errors
     /// When something still uses it. It is then detached lazily all the same.
     pub fn close(mut self) -> Result<()> {
         let mut busy = Vec::new();
         while let Some(mount) = self.mounts.pop() {
-            if let Err(error) = command::run(Command::new("umount").arg(&mount), LIMIT) {
+            let unmount = || command::run(Command::new("umount").arg(&mount), LIMIT);
+            let given_up = Instant::now() + GRACE;
+            let mut done = unmount();
+            // A process that was killed, and what it had forked, lets go in its own time.
+            while done.is_err() && Instant::now() < given_up {
+                std::thread::sleep(Duration::from_millis(50));
+                done = unmount();
+            }
+            if let Err(error) = done {
                 busy.push(error.to_string());
                 command::run(Command::new("umount").arg("-l").arg(&mount), LIMIT)?;
             }
