@@ -16,6 +16,7 @@
 
 mod attaching;
 mod board;
+mod bystanders;
 mod claim;
 mod client;
 mod control;

@@ -19,7 +19,7 @@ use hobble_mirror::adopt::HandleId;
 use hobble_rules::Plan;
 
 use crate::attaching::{Traced, no_hook, stop_failed, who};
-use crate::detaching::Bystanders;
+use crate::bystanders::Bystanders;
 use crate::engine::Engine;
 use crate::error::{AttachError, Step};
 use crate::hook::Hook;

@@ -2,6 +2,8 @@
 //!
 //! Owns the order within a job and the room for descriptors that it needs. Invariant: what may have been changed is marked before the call that
 //! changes it, so that an undo never misses anything.
+//!
+//! Length: each exchange and its undoing are read side by side.
 
 use std::time::Instant;
 
