@@ -293,6 +293,10 @@ impl Engine {
         if let (Err(_), Some(hook)) = (&applied, self.hook.as_ref()) {
             hook.mirror().supersede(&superseded, false);
         }
+        // Before the programs go on: until then every FLUSH is that of a copy by which an exchange was made, and drops no lock; from then on it is their own close.
+        if let Some(hook) = self.hook.as_ref() {
+            hook.unquiesce();
+        }
         drop(stopped);
         applied.map(drop).map_err(|failed| {
             tracing::debug!(error = chain(&failed), "reopening");
