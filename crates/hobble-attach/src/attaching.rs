@@ -541,6 +541,7 @@ impl Engine {
         );
         if report.is_ok() {
             keeper.finish();
+            self.tell_exchanged();
         } else {
             drop(keeper);
             stand_ins.disown_all(hook);

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use hobble_api::status::{NotCovered as NotCoveredStatus, Scope};
 use hobble_graft::census::{
-    self, Access, Census, DescriptionId, DescriptionLock, FsId, MappedFileId, TableId,
+    self, Census, DescriptionId, DescriptionLock, FsId, MappedFileId, TableId,
 };
 use hobble_graft::ids::ProcessId;
 use hobble_graft::proc::locks::{FileLock, LockClass, LockKind};
@@ -29,7 +29,7 @@ use crate::hook::Hook;
 use crate::journal::{PosixLock, Record};
 use crate::journaling::Steps;
 use crate::ledger;
-use crate::lock_keeper::{Outwards, must_stay};
+use crate::lock_keeper::{Outwards, lockable, must_stay};
 use crate::preflight::chain;
 use crate::sighting;
 
@@ -192,6 +192,7 @@ impl Engine {
             );
             match applied {
                 Ok(report) => {
+                    self.tell_exchanged();
                     fault_point::pass("recover-grafted");
                     immovable = report
                         .not_moved
@@ -216,10 +217,8 @@ impl Engine {
                         }
                     }
                     drop(stopped);
-                    if failed.rolled_back
-                        && let Err(error) = self.journal.append(&Record::Attached)
-                    {
-                        tracing::warn!(%error, "the journal does not tell that everything is on the hook again");
+                    if failed.rolled_back {
+                        self.tell_exchanged();
                     }
                     let error = AttachError::new(
                         Step::Recover,
@@ -254,6 +253,13 @@ impl Engine {
             Scope::Tree => self.targets.contains(process.pid.as_raw()),
             Scope::Namespace => crate::attaching::namespace_of(self.config.pid, self.config.own())
                 .contains(&process.pid.as_raw()),
+        }
+    }
+
+    /// Tells the journal that what it says of locks on their way is over.
+    pub(crate) fn tell_exchanged(&mut self) {
+        if let Err(error) = self.journal.append(&Record::Exchanged) {
+            tracing::warn!(%error, "the journal does not tell that the exchange is complete");
         }
     }
 
@@ -474,13 +480,7 @@ fn posix_locks(
     found: &mut HashSet<(TableId, OwnerId, bool)>,
 ) -> Vec<DescriptionLock> {
     let mut locks = Vec::new();
-    // The kernel wants a descriptor that may read for a read lock, and one that may write for the other (fs/locks.c, `check_fmode_for_setlk`).
-    let kinds: &[bool] = match description.flags.access() {
-        Access::Read => &[false],
-        Access::Write => &[true],
-        Access::ReadWrite => &[false, true],
-        Access::Path | Access::Neither => &[],
-    };
+    let kinds = lockable(description.flags.access());
     for holder in held.iter().filter(|holder| {
         !holder.ofd && holder.owner.node() == info.node && holder.class == info.class
     }) {

@@ -65,6 +65,13 @@ impl Callers for Audience {
         }
     }
 
+    fn lets_go_of(&self, file: BorrowedFd<'_>) {
+        let entry = BTreeMap::from([(file.as_raw_fd(), Entry::Free)]);
+        if let Err(error) = self.ledger.write(&entry) {
+            tracing::debug!(%error, "the ledger does not tell that an original was closed");
+        }
+    }
+
     fn misfits(&self) {
         // One command at a time, however fast the target renames: the engine looks at all of them when it comes to it.
         if !self.misfits.swap(true, Ordering::AcqRel) {

@@ -190,6 +190,8 @@ pub(crate) enum Record {
     },
     /// Descriptors are about to be exchanged.
     Grafting,
+    /// The exchange is complete: locks are where they belong.
+    Exchanged,
     /// Everything has been let go and runs on the hook.
     Attached,
     /// Recovery began.

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use hobble_graft::census::{Census, DescriptionId, DescriptionLock, TableId};
+use hobble_graft::census::{Access, Census, DescriptionId, DescriptionLock, TableId};
 use hobble_graft::proc::locks::LockKind;
 use hobble_graft::switch::{LockHandover, MovedLock, Way};
 use hobble_mirror::adopt::{AdoptedId, HandleId, HandleInfo};
@@ -171,6 +171,17 @@ impl LockHandover for Inwards<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// What a process may lock through a description: whether as a writer. The kernel wants a descriptor that may read for a read lock, and one that may write for the other
+/// (fs/locks.c, `check_fmode_for_setlk`).
+pub(crate) fn lockable(access: Access) -> &'static [bool] {
+    match access {
+        Access::Read => &[false],
+        Access::Write => &[true],
+        Access::ReadWrite => &[false, true],
+        Access::Path | Access::Neither => &[],
     }
 }
 

@@ -15,10 +15,10 @@ use hobble_graft::proc::locks::{FileLock, LockClass};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 
+use crate::crash_locks::FileId;
 use crate::error::{AttachError, Step};
 use crate::ledger::Entry;
 use crate::story::Story;
-use crate::sys;
 use crate::volume::{self, Volume};
 
 /// Where originals are found: the holder's descriptors, and the volume itself.
@@ -26,7 +26,11 @@ pub(crate) struct Originals {
     holder: Option<OwnedFd>,
     /// The holder's descriptors of files on the volume's device, by inode.
     held: BTreeMap<u64, Vec<HeldFile>>,
-    taken: Vec<TakenLocks>,
+    guards: Vec<Guard>,
+    /// Descriptions of the server's that are being given away.
+    handed_out: RefCell<Vec<i32>>,
+    /// Processes that have their locks on a file again, and may have changed them since.
+    relocked: RefCell<BTreeSet<(i32, FileId)>>,
     ledger: RefCell<BTreeMap<i32, Entry>>,
     kept: BTreeMap<(i32, u64, i32), i32>,
     root: Option<(OwnedFd, Vec<u8>)>,
@@ -40,11 +44,13 @@ struct HeldFile {
     flags: OFlags,
 }
 
-/// POSIX locks that the dead server held for a process.
-pub(crate) struct TakenLocks {
-    pub(crate) pid: i32,
-    /// Device and inode.
-    pub(crate) file: (u64, u64),
+/// A descriptor of the holder's on which the dead server holds POSIX locks for a process.
+pub(crate) struct Guard {
+    number: i32,
+    /// The process; `None` while they were on their way to the hook.
+    pub(crate) pid: Option<i32>,
+    pub(crate) file: FileId,
+    /// What is locked, as OFD locks.
     pub(crate) locks: Vec<FileLock>,
 }
 
@@ -79,7 +85,7 @@ impl Originals {
         ledger: &BTreeMap<i32, Entry>,
     ) -> Result<Self, AttachError> {
         let mut holder_fd = None;
-        let mut taken = Vec::new();
+        let mut guards = Vec::new();
         let mut held: BTreeMap<u64, Vec<HeldFile>> = BTreeMap::new();
         let root = story
             .target
@@ -146,12 +152,17 @@ impl Originals {
                 if stat.st_dev == story.hook_dev || !devices.contains(&stat.st_dev) {
                     continue;
                 }
+                // A number may be something else's by now: what the ledger says of locks is true where there are locks.
                 if let Some(Entry::Locks { pid }) = ledger.get(&number) {
-                    taken.push(TakenLocks {
-                        pid: i32::try_from(*pid).unwrap_or(0),
-                        file: (stat.st_dev, stat.st_ino),
-                        locks: locks_through(holder.pid.as_raw(), number),
-                    });
+                    let locks = locks_through(holder.pid.as_raw(), number);
+                    if !locks.is_empty() {
+                        guards.push(Guard {
+                            number,
+                            pid: i32::try_from(*pid).ok().filter(|pid| *pid > 0),
+                            file: (stat.st_dev, stat.st_ino),
+                            locks,
+                        });
+                    }
                 }
                 held.entry(stat.st_ino).or_default().push(HeldFile {
                     number,
@@ -161,9 +172,13 @@ impl Originals {
             }
             holder_fd = Some(pidfd);
         }
+        // A number that was closed since keeps nothing, whatever has it now.
+        let is_stale =
+            |number| matches!(ledger.get(number), Some(Entry::Free | Entry::Locks { .. }));
         let kept = story
             .kept
             .iter()
+            .filter(|kept| !is_stale(&kept.holder_fd))
             .flat_map(|kept| {
                 kept.places
                     .iter()
@@ -173,7 +188,9 @@ impl Originals {
         Ok(Self {
             holder: holder_fd,
             held,
-            taken,
+            guards,
+            handed_out: RefCell::default(),
+            relocked: RefCell::default(),
             ledger: RefCell::new(ledger.clone()),
             kept,
             root,
@@ -182,14 +199,14 @@ impl Originals {
     }
 
     /// Another descriptor of one of the holder's.
-    fn duplicate(&self, inode: u64, held: &HeldFile) -> std::io::Result<OwnedFd> {
+    fn duplicate(&self, number: i32, file: FileId) -> std::io::Result<OwnedFd> {
         let gone = || std::io::Error::from(rustix::io::Errno::STALE);
         let holder = self.holder.as_ref().ok_or_else(gone)?;
-        let file = rustix::process::pidfd_getfd(holder, held.number, PidfdGetfdFlags::empty())?;
-        let stat = rustix::fs::fstat(&file)?;
+        let found = rustix::process::pidfd_getfd(holder, number, PidfdGetfdFlags::empty())?;
+        let stat = rustix::fs::fstat(&found)?;
         // Nobody opens or closes anything there any more; should that be wrong, it must not become a wrong file.
-        if (stat.st_ino, stat.st_dev) == (inode, held.device) {
-            Ok(file)
+        if (stat.st_dev, stat.st_ino) == file {
+            Ok(found)
         } else {
             Err(gone())
         }
@@ -249,10 +266,11 @@ impl Originals {
                 if let Some(number) = self.kept.get(&key)
                     && let Some(found) = same.iter().find(|held| {
                         held.number == *number
+                            && !self.is_guard(held.number)
                             && held.flags & (OFlags::ACCMODE | OFlags::PATH) == access
                     })
                 {
-                    let file = self.duplicate(inode, found)?;
+                    let file = self.duplicate(found.number, (found.device, inode))?;
                     let stands = self.stands(found, description);
                     let number = Some(found.number);
                     return Ok(Original {
@@ -264,21 +282,24 @@ impl Originals {
             }
         }
         let kept: Vec<i32> = self.kept.values().copied().collect();
+        let is_taken = |number: &i32| {
+            self.used.borrow().contains(number) || self.handed_out.borrow().contains(number)
+        };
         // Not one on which the server holds locks: it is nobody's file.
-        let is_for_locks =
-            |number: &i32| matches!(self.ledger.borrow().get(number), Some(Entry::Locks { .. }));
         let opened = same.iter().find(|held| {
             !kept.contains(&held.number)
-                && !self.used.borrow().contains(&held.number)
-                && !is_for_locks(&held.number)
+                && !is_taken(&held.number)
+                && !self.is_guard(held.number)
                 && held.flags & (OFlags::ACCMODE | OFlags::PATH) == access
                 && held.flags & (OFlags::SYNC | OFlags::DSYNC) == synchronous
                 && description.flags.access() != Access::Path
         });
         if let Some(held) = opened {
             // The one that served it, or one that served the same file in the same mode: a flock, if there is one, stays.
-            self.used.borrow_mut().insert(held.number);
-            return self.duplicate(inode, held).map(elsewhere);
+            self.handed_out.borrow_mut().push(held.number);
+            return self
+                .duplicate(held.number, (held.device, inode))
+                .map(elsewhere);
         }
         self.reach(&description.facts, access | synchronous)
             .map(elsewhere)
@@ -291,7 +312,11 @@ impl Originals {
         match self.by_name(facts, flags) {
             Ok(found) => Ok(found),
             Err(error) => match self.held.get(&facts.inode).and_then(|held| held.first()) {
-                Some(held) => reopen(self.duplicate(facts.inode, held)?.as_fd(), flags),
+                Some(held) => reopen(
+                    self.duplicate(held.number, (held.device, facts.inode))?
+                        .as_fd(),
+                    flags,
+                ),
                 None => Err(error),
             },
         }
@@ -337,27 +362,32 @@ impl Originals {
         Ok(found)
     }
 
-    /// The POSIX locks that the dead server held for processes; `None` where the holder is dead too.
-    pub(crate) fn taken(&self) -> Option<&[TakenLocks]> {
-        self.holder.as_ref().map(|_| self.taken.as_slice())
+    /// The descriptors on which the dead server holds locks; `None` where the holder is dead too.
+    pub(crate) fn guards(&self) -> Option<&[Guard]> {
+        self.holder.as_ref().map(|_| self.guards.as_slice())
     }
 
-    /// Gives up the OFD locks that the dead server held for others.
-    pub(crate) fn unlock_servers(&self) {
-        let kept: Vec<i32> = self.kept.values().copied().collect();
-        for (inode, held) in self
-            .held
-            .iter()
-            .flat_map(|(inode, held)| held.iter().map(move |held| (*inode, held)))
-            .filter(|(_, held)| !kept.contains(&held.number) && !held.flags.contains(OFlags::PATH))
-        {
-            let unlocked = self
-                .duplicate(inode, held)
-                .and_then(|file| sys::unlock_description(file.as_fd()));
-            if let Err(error) = unlocked {
-                tracing::debug!(number = held.number, %error, "a lock of the dead server stays");
-            }
+    /// Another descriptor of a guard.
+    pub(crate) fn of_guard(&self, guard: &Guard) -> std::io::Result<OwnedFd> {
+        self.duplicate(guard.number, guard.file)
+    }
+
+    fn is_guard(&self, number: i32) -> bool {
+        self.guards.iter().any(|guard| guard.number == number)
+    }
+
+    /// What was handed out since the last time is in the processes' hands, and so are these locks; with `None` it is not, and can be handed out again.
+    pub(crate) fn settle(&self, locks: Option<BTreeSet<(i32, FileId)>>) {
+        let handed_out = self.handed_out.take();
+        if let Some(locks) = locks {
+            self.used.borrow_mut().extend(handed_out);
+            self.relocked.borrow_mut().extend(locks);
         }
+    }
+
+    /// Whether a process has had its locks on a file given back.
+    pub(crate) fn is_relocked(&self, pid: i32, file: FileId) -> bool {
+        self.relocked.borrow().contains(&(pid, file))
     }
 }
 

@@ -17,14 +17,14 @@ use hobble_graft::census::{self, FileFacts};
 use hobble_graft::ids::{Device, ProcessId};
 use hobble_graft::remote;
 use hobble_graft::stop::{Deadline, StopError, Tracer};
-use hobble_graft::switch::{NoHandover, Switch};
+use hobble_graft::switch::Switch;
 use rustix::fs::OFlags;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
 
 use crate::attaching::{Traced, stop_failed, who};
 use crate::claim::{Claim, read_ledger, read_story};
 use crate::client::Client;
-use crate::crash_locks::CrashLocks;
+use crate::crash_locks::{CrashLocks, Guards};
 use crate::error::{AttachError, Step};
 use crate::holder::{DONE, NEEDS_RECOVERY};
 use crate::journal::{Journal, Record, Who};
@@ -370,7 +370,7 @@ impl Undoing<'_> {
             0 => volume::find_by_source(&story.source).map_or(0, Device::raw),
             known => known,
         };
-        if hook_dev == 0 || story.recovered {
+        if hook_dev == 0 {
             self.clean();
             return Ok(());
         }
@@ -504,7 +504,7 @@ impl Undoing<'_> {
             },
         )?;
         self.left.clear();
-        let locks = CrashLocks::new(self.story, originals.taken());
+        let locks = CrashLocks::new(self.story, originals);
         let mut positions = BTreeMap::new();
         let mut switch = Switch::new(&census);
         switch.locks_are_gone();
@@ -512,9 +512,9 @@ impl Undoing<'_> {
         for description in census.descriptions() {
             match originals.of(description, &census) {
                 Ok(original) => {
-                    let locks = locks.of(description, &census, &original.file);
-                    if !locks.is_empty() {
-                        switch.locks(description.id, locks);
+                    let due = locks.of(description, &census, &original.file);
+                    if !due.is_empty() {
+                        switch.locks(description.id, due);
                     }
                     if original.stands {
                         switch.keep_position(description.id);
@@ -559,8 +559,11 @@ impl Undoing<'_> {
         if moves == 0 {
             return Ok(false);
         }
-        // The server's OFD locks on the same ranges would keep the target from taking its own; nobody serves them any more.
-        originals.unlock_servers();
+        self.left.append(&mut locks.unplaced());
+        let posix = locks.for_journal(&census);
+        if let Err(error) = self.journal.append(&Record::Locks { posix }) {
+            tracing::warn!(%error, "the journal does not tell of the locks");
+        }
         let report = switch.apply(
             &mut stopped,
             deadline,
@@ -568,10 +571,20 @@ impl Undoing<'_> {
                 journal: &mut self.journal,
                 positions: self.ledger.as_ref().map(|ledger| (ledger, &positions)),
             },
-            &mut NoHandover,
+            &mut Guards {
+                originals,
+                locks: &locks,
+                census: &census,
+            },
         );
+        if report.is_ok() {
+            if let Err(error) = self.journal.append(&Record::Exchanged) {
+                tracing::warn!(%error, "the journal does not tell that the exchange is complete");
+            }
+            originals.placed(positions);
+        }
+        originals.settle(report.is_ok().then(|| locks.owners()));
         let released = stopped.release();
-        originals.placed(positions);
         self.pause = self.pause.max(released.stood_still);
         let report = report.map_err(|failed| {
             AttachError::new(Step::Recover, "the target's files could not be given back")

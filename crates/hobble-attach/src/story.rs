@@ -35,8 +35,6 @@ pub(crate) struct Story {
     pub(crate) limits: Vec<RaisedLimit>,
     /// The hook was about to be placed: it may be there, and the mount around it may propagate differently.
     pub(crate) placing: Option<Around>,
-    /// Nothing but late descriptors is left.
-    pub(crate) recovered: bool,
 }
 
 /// A soft limit on descriptors that was raised for an exchange.
@@ -142,9 +140,11 @@ impl Story {
                         story.limits.remove(last);
                     }
                 }
-                Record::Attached => story.exchanging = false,
-                Record::Recovered { .. } => story.recovered = true,
-                Record::Stopping { .. } | Record::Grafting | Record::Recovering { .. } => {}
+                Record::Exchanged | Record::Attached => story.exchanging = false,
+                Record::Stopping { .. }
+                | Record::Grafting
+                | Record::Recovering { .. }
+                | Record::Recovered { .. } => {}
             }
         }
         Ok(story)

@@ -435,6 +435,7 @@ impl Inner {
     pub(crate) fn disown(&self, id: AdoptedId) {
         let adopted = lock(&self.adopted.adopted).remove(&id);
         if let Some(adopted) = adopted {
+            self.callers.lets_go_of(adopted.original.as_fd());
             self.store.forget(adopted.node.id, 1);
             for node in &adopted.above {
                 self.store.forget(*node, 1);

@@ -72,9 +72,15 @@ pub trait Callers: Send + Sync + 'static {
     fn facts(&self, tid: Tid) -> CallerFacts;
 
     /// From now on, and until it is closed, the server holds the byte-range locks that a process (thread group id) takes on some file on this description of the
-    /// backing file: what whoever undoes an attachment without its server needs to know to give them back. Called with the lock table locked.
+    /// backing file: what whoever undoes an attachment without its server needs to know to give them back. `pid` is 0 while it is not known whose they will be: they are being
+    /// moved. Called with the lock table locked.
     fn holds_locks_on(&self, file: BorrowedFd<'_>, pid: u32) {
         let _ = (file, pid);
+    }
+
+    /// The descriptor that kept the original of a moved description is about to be closed: its number will be something else's.
+    fn lets_go_of(&self, file: BorrowedFd<'_>) {
+        let _ = file;
     }
 
     /// Files that are open have come under a rule, by a rename or a link, that does not see what is read and written through them:

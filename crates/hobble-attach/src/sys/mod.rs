@@ -110,6 +110,30 @@ pub(crate) fn replace_soft_descriptor_limit(pid: i32, from: u64, to: u64) -> io:
     }
 }
 
+/// Takes a byte-range lock on an open file description (or changes its kind), without waiting. `end` is the last byte; `None` is the end of everything.
+pub(crate) fn lock_description(
+    fd: std::os::fd::BorrowedFd<'_>,
+    is_write: bool,
+    start: u64,
+    end: Option<u64>,
+) -> io::Result<()> {
+    let out_of_range = |_| io::Error::from_raw_os_error(libc::EOVERFLOW);
+    let length = end.map_or(0, |end| end.saturating_sub(start).saturating_add(1));
+    let kind = if is_write {
+        libc::F_WRLCK
+    } else {
+        libc::F_RDLCK
+    };
+    let lock = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: i64::try_from(start).map_err(out_of_range)?,
+        l_len: i64::try_from(length).map_err(out_of_range)?,
+        l_pid: 0,
+    };
+    set_description_lock(fd, &lock)
+}
+
 /// Gives up every byte-range lock of an open file description.
 pub(crate) fn unlock_description(fd: std::os::fd::BorrowedFd<'_>) -> io::Result<()> {
     let lock = libc::flock {
@@ -119,12 +143,16 @@ pub(crate) fn unlock_description(fd: std::os::fd::BorrowedFd<'_>) -> io::Result<
         l_len: 0,
         l_pid: 0,
     };
+    set_description_lock(fd, &lock)
+}
+
+fn set_description_lock(fd: std::os::fd::BorrowedFd<'_>, lock: &libc::flock) -> io::Result<()> {
     // SAFETY: F_OFD_SETLK reads one flock structure (fcntl(2)).
     let done = unsafe {
         libc::fcntl(
             std::os::fd::AsRawFd::as_raw_fd(&fd),
             libc::F_OFD_SETLK,
-            &lock,
+            lock,
         )
     };
     if done == 0 {

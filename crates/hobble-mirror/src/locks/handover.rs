@@ -168,6 +168,7 @@ impl Handover {
             Ok(file) => (file, OFlags::RDWR),
             Err(_) => (open(OFlags::RDONLY)?, OFlags::RDONLY),
         };
+        table.callers.holds_locks_on(file.as_fd(), 0);
         Ok(Self {
             table,
             node,
