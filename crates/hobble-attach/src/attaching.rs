@@ -541,6 +541,7 @@ impl Engine {
         );
         if report.is_ok() {
             keeper.finish();
+            stand_ins.replaced(hook);
         } else {
             drop(keeper);
             stand_ins.disown_all(hook);
