@@ -541,7 +541,11 @@ impl Engine {
         );
         if report.is_ok() {
             keeper.finish();
+<<<<<<< HEAD
             self.tell_exchanged();
+=======
+            stand_ins.replaced(hook);
+>>>>>>> helper-d
         } else {
             drop(keeper);
             stand_ins.disown_all(hook);

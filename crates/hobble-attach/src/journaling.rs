@@ -5,6 +5,7 @@ use std::io;
 
 use hobble_graft::switch::{Step, StepLog, Way};
 
+use crate::fault_point;
 use crate::journal::{Journal, Record, Who};
 use crate::ledger::{Entry, Ledger};
 
@@ -49,13 +50,24 @@ impl StepLog for Steps<'_> {
             Step::Descriptors {
                 way: Way::There, ..
             } => {
-                return self
-                    .positions
-                    .take()
-                    .map_or(Ok(()), |(ledger, positions)| ledger.write(positions));
+                if let Some((ledger, positions)) = self.positions.take() {
+                    ledger.write(positions)?;
+                }
+                fault_point::pass("exchanging-descriptors");
+                return Ok(());
+            }
+            Step::Directory {
+                way: Way::There, ..
+            } => {
+                fault_point::pass("exchanging-directory");
+                return Ok(());
             }
             _ => return Ok(()),
         };
-        self.journal.append(&record).map_err(io::Error::other)
+        self.journal.append(&record).map_err(io::Error::other)?;
+        if matches!(step, Step::Borrow(_)) {
+            fault_point::pass("borrowing");
+        }
+        Ok(())
     }
 }

@@ -187,6 +187,13 @@ impl StandIns {
         self.disown_passing(hook);
     }
 
+    /// After an exchange: the target has the originals through their stand-ins alone.
+    pub(crate) fn replaced(&self, hook: &Hook) {
+        for id in self.adopted.values() {
+            hook.mirror().replaced(*id);
+        }
+    }
+
     /// After an exchange: mappings and directories hold what they need themselves.
     pub(crate) fn disown_passing(&mut self, hook: &Hook) {
         for id in std::mem::take(&mut self.passing) {

@@ -99,6 +99,17 @@ pub fn assert_hooked(target: &Target, volume: &Path, on: bool) -> Result<()> {
     Ok(())
 }
 
+/// Fails when a hook is mounted on `volume`, or below it, in the namespace of a process (`thread-self` for our own). Others' hooks are not looked at.
+///
+/// # Errors
+/// Names the mounts.
+pub fn assert_unmounted(process: &str, volume: &Path) -> Result<()> {
+    let mut mounts = process::mounts(process)?;
+    mounts.retain(|(_, point, kind)| kind == "fuse.hobble" && Path::new(point).starts_with(volume));
+    ensure!(mounts.is_empty(), "the hook is still mounted: {mounts:?}");
+    Ok(())
+}
+
 /// What must be the same before an attachment and after recovery: link, flags, inode, mount of every descriptor.
 /// A target at work opens and closes more meanwhile, and renames its files: it has five seconds to be seen without any.
 ///

@@ -7,7 +7,9 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use hobble_e2e::{assert_hooked, assert_same_descriptors, cycles, movable, scene, until};
+use hobble_e2e::{
+    assert_hooked, assert_same_descriptors, assert_unmounted, cycles, movable, scene, until,
+};
 use hobble_testkit::command;
 use hobble_testkit::hobble::{Hobble, STEP};
 use hobble_testkit::process;
@@ -879,13 +881,7 @@ fn a_tampered_journal() -> Result<()> {
         }
         bystander.kill()?;
         bystander.wait()?;
-        let mounts = process::mounts(&pid)?;
-        ensure!(
-            !mounts
-                .iter()
-                .any(|(_, _, kind)| kind.starts_with("fuse") && kind != "fusectl"),
-            "the hook is still mounted"
-        );
+        assert_unmounted(&pid, volume.path())?;
         target.assert_running()
     })
 }
@@ -1017,11 +1013,7 @@ fn dies_at(step: &str, hobble: &mut Hobble, volume: &Volume<'_>, code: i32) -> R
         left == 0,
         "{left} attachments are left in the state directory"
     );
-    let mounts = process::mounts("thread-self")?;
-    ensure!(
-        !mounts.iter().any(|(_, _, kind)| kind == "fuse.hobble"),
-        "the hook is still mounted: {mounts:?}"
-    );
+    assert_unmounted("thread-self", volume.path())?;
     Ok(())
 }
 

@@ -14,7 +14,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -66,6 +66,8 @@ pub(crate) struct Adopted {
     pub(crate) id: AdoptedId,
     pub(crate) node: Arc<Node>,
     pub(crate) original: Arc<OwnedFd>,
+    /// A stand-in has taken its place, so that the program has it through the hook alone.
+    pub(crate) replaced: AtomicBool,
     facts: Adoption,
     /// Directories above it that were referred to for the sake of its path.
     above: Vec<NodeId>,
@@ -197,6 +199,7 @@ impl Mirror {
             id,
             node,
             original: Arc::new(original),
+            replaced: AtomicBool::new(false),
             facts,
             above,
         };
@@ -208,6 +211,14 @@ impl Mirror {
     /// that closes the original, as it would have been without the hook.
     pub fn disown(&self, id: AdoptedId) {
         self.inner.disown(id);
+    }
+
+    /// Says that a stand-in has taken the place of the original. Until then the program goes on with the original, so that closing the stand-in (the exchange was given up) leaves the
+    /// original's OFD locks alone; from then on it ends them.
+    pub fn replaced(&self, id: AdoptedId) {
+        if let Ok(adopted) = self.inner.adopted(id) {
+            adopted.replaced.store(true, Ordering::Release);
+        }
     }
 
     /// Another descriptor of the original of a moved description.

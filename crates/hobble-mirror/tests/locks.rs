@@ -741,6 +741,44 @@ fn a_moved_description_is_closed_with_its_last_stand_in() {
     });
 }
 
+/// A stand-in that never took the place of the original, because an exchange was given up, takes nothing away from it.
+#[test]
+fn an_original_keeps_its_own_locks_when_its_stand_in_is_dropped() {
+    both(|hook| {
+        let original = open(&hook.behind("f"));
+        ofd(&original, libc::F_WRLCK, 0, 10).unwrap();
+        let facts = Adoption {
+            path: b"f".to_vec(),
+            ofd_locks: vec![RangeLock {
+                kind: LockKind::Write,
+                range: LockRange { start: 0, end: 9 },
+            }],
+            ..Adoption::default()
+        };
+        let stand_in = || {
+            let original = original.as_fd().try_clone_to_owned().unwrap();
+            let id = hook.mirror.adopt(original, facts.clone()).unwrap();
+            (id, hook.mirror.stand_in(hook.mount.as_fd(), id).unwrap())
+        };
+        let (_, given_up) = stand_in();
+        let outsider = open(&hook.behind("f"));
+        let client = open(&hook.at("f"));
+        for other in [&outsider, &client] {
+            assert_eq!(ofd(other, libc::F_WRLCK, 0, 10), Err(libc::EAGAIN));
+        }
+        drop(given_up);
+        soon(|| hook.mirror.open_files() == 1);
+        for other in [&outsider, &client] {
+            assert_eq!(ofd(other, libc::F_WRLCK, 0, 10), Err(libc::EAGAIN));
+        }
+        // The next one does take its place, and with it go the locks, whatever else is open.
+        let (id, stand_in) = stand_in();
+        hook.mirror.replaced(id);
+        drop((original, stand_in));
+        soon(|| ofd(&client, libc::F_WRLCK, 0, 10).is_ok());
+    });
+}
+
 /// The kernel announces one signal for each request. One that came while a rule delayed the request must end the wait for the lock that follows, and so must a kill
 /// after it, which is announced by nobody.
 #[test]

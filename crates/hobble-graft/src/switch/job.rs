@@ -15,6 +15,7 @@ use super::steps::{LockHandover, MovedLock, Step, StepLog, Way};
 use super::{NotMoved, Report, SwitchError, descriptors, directories, in_place, mappings, sys};
 use crate::census::{Census, FsId, Table};
 use crate::ids::{Fd, ProcessId, Tid};
+use crate::proc::{stat, status};
 use crate::remote::{Borrowed, MESSAGE_DESCRIPTORS};
 use crate::stop::{Deadline, Stopped};
 
@@ -109,6 +110,20 @@ impl<'a> Job<'a> {
             report.locks_taken_again += job.on_mapped.taken() + job.bystanders.taken();
             Ok(())
         })
+    }
+
+    /// Whether something failed because the process has been killed. Then all kinds of calls fail, while it may still be seen to live.
+    pub(super) fn is_about_the_dead(&self, reason: &SwitchError) -> bool {
+        if reason.is_gone() && !matches!(self.process.is_alive(), Ok(true)) {
+            return true;
+        }
+        // A borrowed thread does not end by itself: if it does, so does its whole process (SIGKILL, or the end of another thread by exit_group).
+        match stat::of_thread(self.process.pid, self.tid) {
+            Ok(stat) if stat.state.is_dead() || stat.is_exiting() => true,
+            Ok(_) => status::of_thread(self.tid)
+                .is_ok_and(|status| status.pending.contains(libc::SIGKILL.cast_unsigned())),
+            Err(error) => error.is_gone(),
+        }
     }
 
     /// Puts back what may have been changed, and checks it.

@@ -357,7 +357,7 @@ impl<'c> Switch<'c> {
         for job in &mut jobs {
             match job.run(stopped, deadline, log, handover, &mut report) {
                 Ok(()) => {}
-                Err(reason) if reason.is_gone() && !matches!(job.process.is_alive(), Ok(true)) => {
+                Err(reason) if job.is_about_the_dead(&reason) => {
                     report.gone.push(job.process.pid);
                     last_gone = Some(reason);
                 }
@@ -395,7 +395,7 @@ impl<'c> Switch<'c> {
             match job.undo(stopped, deadline, log, handover) {
                 Ok(()) => {}
                 // What is dead needs no undoing.
-                Err(reason) if reason.is_gone() && !matches!(job.process.is_alive(), Ok(true)) => {}
+                Err(reason) if job.is_about_the_dead(&reason) => {}
                 Err(reason) => undo.push(reason),
             }
         }

@@ -613,6 +613,11 @@ impl LockTable {
         lock(&self.state).windows.remove(&fh);
     }
 
+    /// An owner's locks go on without us.
+    pub(crate) fn leave(self: &Arc<Self>, node: NodeId, owner: Owner) {
+        self.drop_owners(node, true, |_| vec![owner]);
+    }
+
     /// What was locked through one handle counts as locked through another, which has taken its place.
     pub(crate) fn succeed(&self, node: NodeId, old: Fh, new: Fh) {
         if let Some(inode) = lock(&self.state).inodes.get_mut(&node) {

@@ -440,6 +440,13 @@ impl Inner {
             let ofd = handle.ofd_owner().map(|owner| Self::owner(handle, owner));
             return self.locks.release_given_back(node, handle.fh, ofd);
         }
+        if let Some(adopted) = &handle.adopted
+            && !adopted.replaced.load(Ordering::Acquire)
+            && let Some(owner) = handle.ofd_owner()
+        {
+            // Held on the original, with which its program goes on.
+            self.locks.leave(node, Self::owner(handle, owner));
+        }
         self.locks.release(node, handle.fh);
     }
 
