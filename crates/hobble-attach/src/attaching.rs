@@ -541,11 +541,8 @@ impl Engine {
         );
         if report.is_ok() {
             keeper.finish();
-<<<<<<< HEAD
-            self.tell_exchanged();
-=======
             stand_ins.replaced(hook);
->>>>>>> helper-d
+            self.tell_exchanged();
         } else {
             drop(keeper);
             stand_ins.disown_all(hook);
