@@ -231,10 +231,16 @@ impl Engine {
         self.board.edit(|status| status.phase = Phase::Attaching);
         if let Err(error) = self.attach().and_then(|()| self.begin()) {
             tracing::error!(%error, cause = error.cause_chain(), step = error.step().name(), "attaching failed");
-            let error = self.undo_after_failure(error);
-            self.answer_the_waiting(&error);
+            let (error, left) = self.undo_after_failure(error);
+            let is_served_on = !left.is_empty();
+            self.answer_the_waiting(&error, &left);
             publish_failure(&self.board, &error);
-            return failure_code(&error);
+            return if is_served_on {
+                tracing::warn!("what is left on the hook is served until it is let go of");
+                self.linger()
+            } else {
+                failure_code(&error)
+            };
         }
         let mut looked = Instant::now();
         loop {
@@ -359,14 +365,14 @@ impl Engine {
             .any(|command| matches!(command, Command::Recover { .. }))
     }
 
-    /// Attaching failed: who has asked for its end has got it, the rest is refused.
-    fn answer_the_waiting(&mut self, error: &AttachError) {
+    /// Attaching failed: who has asked for its end has got it, but for what is `left`; the rest is refused.
+    fn answer_the_waiting(&mut self, error: &AttachError, left: &[NotCovered]) {
         self.waiting.extend(self.commands.try_iter());
         for command in self.waiting.drain(..) {
             match command {
                 Command::Recover { answer, .. } if error.rolled_back() => {
                     if let Some(answer) = answer {
-                        recovered(&answer, Vec::new());
+                        recovered(&answer, left.to_vec());
                     }
                 }
                 Command::Recover { answer, .. } => {
