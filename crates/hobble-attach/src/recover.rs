@@ -22,6 +22,7 @@ use rustix::fs::OFlags;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
 
 use crate::attaching::{Traced, stop_failed, who};
+use crate::bystanders::Rounds;
 use crate::claim::{Claim, read_ledger, read_story};
 use crate::client::Client;
 use crate::crash_locks::CrashLocks;
@@ -387,7 +388,8 @@ impl Undoing<'_> {
         // Before the volume is looked up again: its path leads to the hook until then.
         self.unmount(device)?;
         let originals = Originals::collect(story, &self.known)?;
-        for round in 0..ROUNDS {
+        let mut rounds = Rounds::new(ROUNDS);
+        while let Some(round) = rounds.begin() {
             self.unmount(device)?;
             let mut processes = sighting::holders(device);
             processes.retain(|process| {
@@ -398,11 +400,16 @@ impl Undoing<'_> {
             if processes.is_empty() {
                 return Ok(());
             }
-            match self.give_back(tracer, &processes, device, &originals) {
+            let given_up = self.count_given_up();
+            let result = self.give_back(tracer, &processes, device, &originals);
+            if self.count_given_up() > given_up {
+                rounds.left_out(PATIENCE);
+            }
+            match result {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),
                 // Somebody was in a long call, or under another tracer, which may have gone a moment later.
-                Err(error) if round + 1 < ROUNDS && error.step() == Step::Recover => {
+                Err(error) if !rounds.is_last() && error.step() == Step::Recover => {
                     tracing::info!(%error, cause = error.cause_chain(), "giving back failed; trying again");
                     std::thread::sleep(Duration::from_millis(20 * u64::from(round + 1)));
                 }
@@ -601,6 +608,13 @@ impl Undoing<'_> {
         self.in_the_way
             .get(process)
             .is_some_and(|(times, _)| *times >= PATIENCE)
+    }
+
+    fn count_given_up(&self) -> usize {
+        self.in_the_way
+            .keys()
+            .filter(|process| self.is_given_up(process))
+            .count()
     }
 
     fn leave(&mut self, facts: &FileFacts, error: &std::io::Error) {

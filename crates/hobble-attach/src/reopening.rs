@@ -19,7 +19,7 @@ use hobble_mirror::adopt::HandleId;
 use hobble_rules::Plan;
 
 use crate::attaching::{Traced, no_hook, stop_failed, who};
-use crate::bystanders::Bystanders;
+use crate::bystanders::{Bystanders, Rounds};
 use crate::engine::Engine;
 use crate::error::{AttachError, Step};
 use crate::hook::Hook;
@@ -200,9 +200,11 @@ impl Engine {
     }
 
     fn reopen(&mut self, wanted: &BTreeSet<u64>, step: Step) -> Result<(), AttachError> {
-        let mut attempt = 1;
+        let mut rounds = Rounds::new(TRIES);
         let mut bystanders = Bystanders::default();
         loop {
+            let attempt = rounds.begin();
+            let left_out = bystanders.count();
             let result = Tracer::scope(|tracer| {
                 self.reopen_once(tracer, wanted, step, &mut bystanders)
                     .map_err(Traced)
@@ -211,10 +213,12 @@ impl Engine {
             if let Some(hook) = self.hook.as_ref() {
                 hook.unquiesce();
             }
+            if bystanders.count() > left_out {
+                rounds.left_out(1);
+            }
             match result {
-                Err(error) if error.rolled_back() && attempt < TRIES => {
+                Err(error) if error.rolled_back() && !rounds.is_last() => {
                     tracing::info!(%error, cause = error.cause_chain(), attempt, "open files could not be exchanged at once");
-                    attempt += 1;
                     // A pause between two tries: nothing announces that a thread could be stopped now.
                     std::thread::sleep(Duration::from_millis(60));
                 }
