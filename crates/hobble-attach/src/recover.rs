@@ -155,6 +155,14 @@ fn server_is_dead(dir: &AttachmentDir) -> bool {
     read_story(dir).is_ok_and(|story| story.is_none_or(|story| story.living_server().is_none()))
 }
 
+/// Whether somebody may still answer for the hook, or is giving everything back: by the journal or, where that cannot be trusted, by who listens on the socket.
+fn is_served(dir: &AttachmentDir) -> bool {
+    match read_story(dir) {
+        Ok(story) => story.is_some_and(|story| story.living_server().is_some()),
+        Err(_) => Client::connect(dir.id(), &dir.socket()).is_ok(),
+    }
+}
+
 /// What the holder runs when the server has died: the same undoing, in a process that shares the holder's descriptors.
 pub(crate) fn successor(config: &ServeConfig, holder: Pid) -> i32 {
     hang_up();
@@ -225,8 +233,10 @@ fn undo(
         Ok(Some(claim)) => claim,
         Ok(None) => return finish(dir, None),
         Err(error) => {
-            // Whatever the journal says, nobody answers: whoever sleeps in a request gets an error now, and can be stopped or killed.
-            if let Some(device) = volume::find_by_source(&crate::hook::source(dir.id())) {
+            // Nobody answers any more: whoever sleeps in a request gets an error now, and can be stopped or killed.
+            if !is_served(dir)
+                && let Some(device) = volume::find_by_source(&crate::hook::source(dir.id()))
+            {
                 abort(device);
             }
             return Err(error);
