@@ -57,6 +57,11 @@ pub(crate) fn process(who: Who) -> Option<ProcessId> {
     })
 }
 
+/// Whether a server may still answer. What cannot be looked at is taken for alive: to wait for a dead one costs time, to undo beside a living one costs the target.
+pub(crate) fn lives(process: ProcessId) -> bool {
+    !process.is_ending().unwrap_or(false)
+}
+
 impl Story {
     /// Puts the records of attachment `id` together.
     ///
@@ -179,10 +184,7 @@ impl Story {
     /// Whose the attachment is: the first server or recoverer that still lives. Records are appended in one order that everybody sees, so two that begin at the same
     /// time agree on who goes first.
     pub(crate) fn living_server(&self) -> Option<ProcessId> {
-        self.servers
-            .iter()
-            .copied()
-            .find(|process| !process.is_ending().unwrap_or(true))
+        self.servers.iter().copied().find(|process| lives(*process))
     }
 }
 
