@@ -23,7 +23,7 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
 
 use crate::attaching::{Traced, stop_failed, who};
 use crate::bystanders::Rounds;
-use crate::claim::{Claim, read_ledger, read_story};
+use crate::claim::{Claim, OTHERS, is_starting, read_ledger, read_story};
 use crate::client::Client;
 use crate::crash_locks::CrashLocks;
 use crate::error::{AttachError, Step};
@@ -100,7 +100,7 @@ fn recover_one(
 ) -> Result<(), AttachError> {
     // Says what is wrong with the id or the directory.
     let dir = attachment(state_dir, id)?;
-    if let Ok(mut client) = Client::connect(id, &dir.socket()) {
+    if let Some(mut client) = connect(&dir) {
         let since = Client::connect(id, &dir.socket())
             .and_then(|client| client.events(false, None))
             .map(last_number)
@@ -133,6 +133,21 @@ fn recover_one(
     }
     let publish = |kind| each(&Event::new(Timestamp::now(), id, kind));
     undo(&dir, force, publish)
+}
+
+/// A connection to the server, as soon as it takes one: its socket comes after its journal, and its journal after its directory. `None` when there is no server.
+fn connect(dir: &AttachmentDir) -> Option<Client> {
+    let until = Instant::now() + OTHERS;
+    loop {
+        if let Ok(client) = Client::connect(dir.id(), &dir.socket()) {
+            return Some(client);
+        }
+        if Instant::now() >= until || !is_starting(dir) {
+            return None;
+        }
+        // Neither a journal's first records nor a socket are announced.
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 fn last_number(mut events: crate::client::Events) -> u64 {

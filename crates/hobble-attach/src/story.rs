@@ -181,6 +181,11 @@ impl Story {
             .filter(|process| process.is_alive().unwrap_or(false))
     }
 
+    /// Who serves, or served: nobody undoes before there is a server, which names itself first and never gives up.
+    pub(crate) fn server(&self) -> Option<ProcessId> {
+        self.servers.first().copied()
+    }
+
     /// Whose the attachment is: the first server or recoverer that still lives. Records are appended in one order that everybody sees, so two that begin at the same
     /// time agree on who goes first.
     pub(crate) fn living_server(&self) -> Option<ProcessId> {
