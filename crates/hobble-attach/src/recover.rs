@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use hobble_api::Timestamp;
 use hobble_api::event::{Event, EventKind, Recovered, Why};
+use hobble_api::exit::ExitCode;
 use hobble_api::status::NotCovered as NotCoveredStatus;
 use hobble_graft::census::{self, FileFacts};
 use hobble_graft::ids::{Device, ProcessId};
@@ -48,6 +49,8 @@ const ROUNDS: u32 = 10;
 const PATIENCE: u32 = 3;
 /// How long a killed server gets to end once nothing keeps it.
 const LAST_BREATH: Duration = Duration::from_secs(2);
+/// How long a server that has failed to recover gets to end, if it does.
+const GIVES_UP_WITHIN: Duration = Duration::from_secs(3);
 
 /// Which attachments to recover.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -126,8 +129,8 @@ fn recover_one(
                 }
                 return Ok(());
             }
-            // It died while it was asked; the journal tells how far it came.
-            Err(_) if server_is_dead(&dir) => {}
+            // It died while it was asked, or gives up to its holder's successor; the journal tells how far it came.
+            Err(error) if has_ended(&dir, &error) => {}
             Err(error) => return Err(error),
         }
     }
@@ -166,8 +169,21 @@ fn attachment(state_dir: &Path, id: &str) -> Result<AttachmentDir, AttachError> 
         })
 }
 
-fn server_is_dead(dir: &AttachmentDir) -> bool {
-    read_story(dir).is_ok_and(|story| story.is_none_or(|story| story.living_server().is_none()))
+/// Whether the server has ended, after it has answered with `error`. One that cannot put everything back says so before it ends, and its followers get their time.
+fn has_ended(dir: &AttachmentDir, error: &AttachError) -> bool {
+    let until = Instant::now() + GIVES_UP_WITHIN;
+    loop {
+        let is_dead = read_story(dir).is_ok_and(|story| {
+            let server = story.and_then(|story| story.server());
+            server.is_none_or(|server| !crate::story::lives(server))
+        });
+        let may_end = error.exit_code() == ExitCode::NeedsRecovery && Instant::now() < until;
+        if is_dead || !may_end {
+            return is_dead;
+        }
+        // Only its parent is told.
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Whether somebody may still answer for the hook, or is giving everything back: by the journal or, where that cannot be trusted, by who listens on the socket.
