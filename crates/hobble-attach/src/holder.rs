@@ -99,12 +99,22 @@ fn hold(config: ServeConfig, lifeline: UnixStream) -> i32 {
     // The lifeline stays open in the shared table; the holder itself has no use for its copy and must not close it.
     std::mem::forget(OwnedFd::from(lifeline));
     let mut tries = 0;
+    let mut told_to_end = false;
     loop {
-        let code = wait_for(server);
+        let role = if tries == 0 {
+            Role::Server
+        } else {
+            Role::Successor
+        };
+        let code = wait_for(server, role, &mut told_to_end);
         match code {
             Some(DONE) => return DONE,
             Some(code) => tracing::warn!(code, "the server could not put everything back"),
             None => tracing::warn!("the server was killed"),
+        }
+        if told_to_end && directory_is_gone(&config) {
+            // By the recovery that has removed the directory: what it has left is left by force.
+            return NEEDS_RECOVERY;
         }
         if tries == RECOVERY_TRIES {
             tracing::error!(id = config.id, "recovery failed; run `hobble recover`");
@@ -125,10 +135,18 @@ fn hold(config: ServeConfig, lifeline: UnixStream) -> i32 {
     }
 }
 
-/// Waits for the server's end and hands signals on to it: `None` when a signal killed it.
+/// What a process that was cloned from the holder does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Server,
+    Successor,
+}
+
+/// Waits for the end of the server or of its successor: `None` when a signal killed it. A server gets the holder's signals, which ask it to recover. A successor is
+/// recovering, which a signal would only cut in two; that SIGTERM came, and to nobody that could act on it, is remembered in `told_to_end`.
 ///
 /// A server that was killed while one of its own threads waits for an answer from itself never ends, and nobody hears of its death: it is looked for.
-fn wait_for(server: i32) -> Option<i32> {
+fn wait_for(server: i32, role: Role, told_to_end: &mut bool) -> Option<i32> {
     let pid = Pid::from_raw(server)?;
     let process = hobble_graft::ids::Pid::new(server)
         .and_then(|pid| hobble_graft::ids::ProcessId::of(pid).ok());
@@ -149,7 +167,9 @@ fn wait_for(server: i32) -> Option<i32> {
         }
         match sys::wait_signal(&SIGNALS, LOOK_EVERY) {
             Some(signal) if signal != libc::SIGCHLD => {
-                if let Some(signal) = Signal::from_named_raw(signal) {
+                if role == Role::Successor || is_ending() {
+                    *told_to_end |= signal == libc::SIGTERM;
+                } else if let Some(signal) = Signal::from_named_raw(signal) {
                     let _ = rustix::process::kill_process(pid, signal);
                 }
             }
@@ -161,7 +181,7 @@ fn wait_for(server: i32) -> Option<i32> {
 /// Keeps the descriptors until the attachment's directory is gone, which is the last thing that `hobble recover` does, or until told to end.
 fn wait_until_undone(config: &ServeConfig) -> i32 {
     loop {
-        let gone = matches!(std::fs::symlink_metadata(config.state_dir.join(&config.id)), Err(error) if error.kind() == std::io::ErrorKind::NotFound)
+        let gone = directory_is_gone(config)
             && crate::volume::find_by_source(&crate::hook::source(&config.id)).is_none();
         if gone
             || matches!(
@@ -172,4 +192,8 @@ fn wait_until_undone(config: &ServeConfig) -> i32 {
             return NEEDS_RECOVERY;
         }
     }
+}
+
+fn directory_is_gone(config: &ServeConfig) -> bool {
+    matches!(std::fs::symlink_metadata(config.state_dir.join(&config.id)), Err(error) if error.kind() == std::io::ErrorKind::NotFound)
 }
