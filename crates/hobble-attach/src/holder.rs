@@ -20,6 +20,9 @@ pub(crate) const DONE: i32 = 0;
 /// The server could not put everything back; the holder must stay for `hobble recover`.
 pub(crate) const NEEDS_RECOVERY: i32 = 5;
 
+/// Nobody can put back what is left, and without the attachment's directory nobody will ask for it: the holder stays until it is told to end.
+pub(crate) const KEEP: i32 = 6;
+
 const SIGNALS: [i32; 4] = [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 /// How often a recovery that failed is tried again before the holder only waits for `hobble recover`.
 const RECOVERY_TRIES: u32 = 5;
@@ -116,6 +119,13 @@ fn hold(config: ServeConfig, lifeline: UnixStream) -> i32 {
             // By the recovery that has removed the directory: what it has left is left by force.
             return NEEDS_RECOVERY;
         }
+        if code == Some(KEEP) {
+            tracing::error!(
+                id = config.id,
+                "the target is not native, and there is no journal to recover it by; its files are kept until SIGTERM"
+            );
+            return wait_for_the_end();
+        }
         if tries == RECOVERY_TRIES {
             tracing::error!(id = config.id, "recovery failed; run `hobble recover`");
             return wait_until_undone(&config);
@@ -192,6 +202,12 @@ fn wait_until_undone(config: &ServeConfig) -> i32 {
             return NEEDS_RECOVERY;
         }
     }
+}
+
+/// Keeps the descriptors until told to end.
+fn wait_for_the_end() -> i32 {
+    while sys::wait_signal(&SIGNALS, Duration::from_secs(3600)) != Some(libc::SIGTERM) {}
+    NEEDS_RECOVERY
 }
 
 fn directory_is_gone(config: &ServeConfig) -> bool {

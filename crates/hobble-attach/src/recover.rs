@@ -28,7 +28,7 @@ use crate::claim::{Claim, OTHERS, is_starting, read_ledger, read_story};
 use crate::client::Client;
 use crate::crash_locks::CrashLocks;
 use crate::error::{AttachError, Step};
-use crate::holder::{DONE, NEEDS_RECOVERY};
+use crate::holder::{DONE, KEEP, NEEDS_RECOVERY};
 use crate::journal::{Journal, Record, Who};
 use crate::journaling::Steps;
 use crate::ledger::{Entry, Ledger};
@@ -47,6 +47,10 @@ const PAUSE: Duration = Duration::from_secs(5);
 const ROUNDS: u32 = 10;
 /// How often a process may stand in the way of a stop before the others are put back without it.
 const PATIENCE: u32 = 3;
+/// How often that is tried without the attachment's directory, for nobody can be asked to try it again.
+const TRIES_WITHOUT_DIRECTORY: u32 = 10;
+/// How long is waited between two of these tries.
+const PAUSE_WITHOUT_DIRECTORY: Duration = Duration::from_millis(500);
 /// How long a killed server gets to end once nothing keeps it.
 const LAST_BREATH: Duration = Duration::from_secs(2);
 /// How long a server that has failed to recover gets to end, if it does.
@@ -202,22 +206,29 @@ pub(crate) fn successor(config: &ServeConfig, holder: Pid) -> i32 {
     let result = match dir {
         Ok(dir) => undo(&dir, false, |_| {}),
         // It was at its very end, or somebody else has recovered; or somebody cleans up what is not theirs.
-        Err(error) if error.is_not_found() => crate::server::who(holder)
-            .map(crate::story::process)
-            .and_then(|holder| {
+        Err(error) if error.is_not_found() => {
+            let holder = crate::server::who(holder).map(crate::story::process);
+            let result = holder.and_then(|holder| {
                 holder.map_or(Ok(()), |holder| undo_without_directory(config, holder))
-            }),
+            });
+            return outcome(result, KEEP);
+        }
         Err(error) => Err(AttachError::new(
             Step::Recover,
             "the attachment's directory cannot be used",
         )
         .because(error)),
     };
+    outcome(result, NEEDS_RECOVERY)
+}
+
+/// The exit status that tells the holder how a recovery has gone.
+fn outcome(result: Result<(), AttachError>, failed: i32) -> i32 {
     match result {
         Ok(()) => DONE,
         Err(error) => {
             tracing::error!(%error, cause = error.cause_chain(), "the target could not be put back");
-            NEEDS_RECOVERY
+            failed
         }
     }
 }
@@ -295,6 +306,8 @@ fn undo(
 }
 
 /// Undoes an attachment whose directory somebody has removed: by what its holder was told in the beginning, and what the hook itself shows.
+///
+/// All tries are made here: the first takes the mount away, and whoever came after it would find no trace of the hook, though processes may still be on it.
 fn undo_without_directory(config: &ServeConfig, holder: ProcessId) -> Result<(), AttachError> {
     let Some(device) = volume::find_by_source(&crate::hook::source(&config.id)) else {
         return Ok(());
@@ -303,14 +316,25 @@ fn undo_without_directory(config: &ServeConfig, holder: ProcessId) -> Result<(),
         id = config.id,
         "the attachment's directory is gone, and its hook is not: undoing without a journal"
     );
-    let nowhere = std::fs::OpenOptions::new()
-        .append(true)
-        .open("/dev/null")
-        .map_err(|error| AttachError::io(Step::Recover, "open /dev/null", error))?;
     let story = Story::without_journal(config, holder, device);
-    Undoing::new(&story, Journal::new(nowhere), BTreeMap::new(), None)
-        .all(false)
-        .map(drop)
+    let mut tries = 1;
+    loop {
+        let nowhere = std::fs::OpenOptions::new()
+            .append(true)
+            .open("/dev/null")
+            .map_err(|error| AttachError::io(Step::Recover, "open /dev/null", error))?;
+        let work = Undoing::new(&story, Journal::new(nowhere), BTreeMap::new(), None);
+        match work.all(false) {
+            Ok(_) => return Ok(()),
+            Err(error) if tries < TRIES_WITHOUT_DIRECTORY => {
+                tracing::warn!(%error, cause = error.cause_chain(), tries, "the target could not be put back; trying again");
+                // Nothing announces that a process could be stopped now.
+                std::thread::sleep(PAUSE_WITHOUT_DIRECTORY);
+                tries += 1;
+            }
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Ends a connection whose server is dead: who waits for an answer gets an error.
