@@ -671,20 +671,29 @@ impl Engine {
         }
     }
 
-    /// Puts everything back after an attach that failed half way, and says in what state that leaves the target.
-    pub(crate) fn undo_after_failure(&mut self, error: AttachError) -> AttachError {
+    /// Puts everything back after an attach that failed half way, and says in what state that leaves the target, and what is still on the hook: then there is one.
+    pub(crate) fn undo_after_failure(
+        &mut self,
+        error: AttachError,
+    ) -> (AttachError, Vec<NotCoveredStatus>) {
         if self.moved_in || self.hook.as_ref().is_some_and(Hook::is_placed) {
             match self.detach(true) {
-                Ok(_) => {}
+                Ok(given) if given.left.is_empty() => {}
+                // Somebody else's, who could not be stopped, or what cannot be moved: without a server all of it would fail.
+                Ok(given) => {
+                    self.board
+                        .edit(|status| status.not_covered.clone_from(&given.left));
+                    return (error, given.left);
+                }
                 Err(undo) => {
                     tracing::error!(error = %undo, cause = undo.cause_chain(), "putting the target back failed");
-                    return error.needing_recovery();
+                    return (error.needing_recovery(), Vec::new());
                 }
             }
         }
         // Dropping the hook ends the connection: nobody can be on it.
         self.hook = None;
-        error
+        (error, Vec::new())
     }
 }
 

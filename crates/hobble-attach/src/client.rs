@@ -9,6 +9,7 @@ use hobble_api::control::{Answer, LineBuffer, Problem, Request, Response};
 use hobble_api::event::Event;
 use hobble_api::exit::ExitCode;
 use hobble_api::status::{NotCovered, Status};
+use hobble_graft::proc::ProcError;
 
 use crate::error::{AttachError, Step};
 use crate::state_dir::StateDir;
@@ -245,13 +246,17 @@ impl Client {
     }
 }
 
-/// Whether the process that listens lives: the holder keeps the socket of a dead server open, and the kernel goes on taking connections for it.
+/// Whether the process that listens lives: the holder keeps the socket of a dead server open, and the kernel goes on taking connections for it. A process that cannot
+/// be looked at is taken for alive, and its answer is waited for no longer than any other.
 fn is_answered(stream: &UnixStream) -> bool {
-    rustix::net::sockopt::socket_peercred(stream)
+    let peer = rustix::net::sockopt::socket_peercred(stream)
         .ok()
-        .and_then(|peer| hobble_graft::ids::Pid::new(peer.pid.as_raw_nonzero().get()))
-        .and_then(|pid| hobble_graft::ids::ProcessId::of(pid).ok())
-        .is_some_and(|process| !process.is_ending().unwrap_or(true))
+        .and_then(|peer| hobble_graft::ids::Pid::new(peer.pid.as_raw_nonzero().get()));
+    match peer.map(hobble_graft::ids::ProcessId::of) {
+        Some(Ok(process)) => crate::story::lives(process),
+        Some(Err(ProcError::Gone { .. })) | None => false,
+        Some(Err(_)) => true,
+    }
 }
 
 fn refused(problem: Problem) -> AttachError {

@@ -21,7 +21,7 @@ use hobble_mirror::adopt::HandleInfo;
 use hobble_mirror::locks::{self, LockHolder, LockRange, OwnerId};
 
 use crate::attaching::{StopWatch, Traced, no_hook, stop_failed, who};
-use crate::bystanders::Bystanders;
+use crate::bystanders::{Bystanders, Rounds};
 use crate::engine::{Engine, GivenBack};
 use crate::error::{AttachError, Step};
 use crate::fault_point;
@@ -107,7 +107,8 @@ impl Engine {
     ) -> Result<(), AttachError> {
         let mut immovable: Vec<NotCoveredStatus> = Vec::new();
         let mut bystanders = Bystanders::default();
-        for round in 0..ROUNDS {
+        let mut rounds = Rounds::new(ROUNDS);
+        while let Some(round) = rounds.begin() {
             let Some(hook) = self.hook.as_ref() else {
                 return Err(no_hook());
             };
@@ -149,18 +150,22 @@ impl Engine {
             let mut watch = StopWatch::start();
             let mut stopped = match tracer.stop_all(&processes, deadline) {
                 Ok(stopped) => stopped,
-                Err(error) if round + 1 < ROUNDS => {
+                Err(error) => {
+                    let is_target = |process| self.is_target(process);
+                    if bystanders.leave_out(&error, &processes, is_target) {
+                        rounds.left_out(1);
+                    }
+                    if rounds.is_last() {
+                        return Err(stop_failed(Step::Recover, error));
+                    }
                     tracing::info!(
                         error = chain(&error),
                         "not everybody could be stopped; trying again"
                     );
-                    let is_target = |process| self.is_target(process);
-                    bystanders.leave_out(&error, &processes, is_target);
                     // A pause between two tries: nothing announces that a thread could be stopped now.
                     std::thread::sleep(Duration::from_millis(20 * u64::from(round + 1)));
                     continue;
                 }
-                Err(error) => return Err(stop_failed(Step::Recover, error)),
             };
             watch.lap("stop");
             fault_point::pass("recover-stopped");
@@ -229,7 +234,7 @@ impl Engine {
                     if !rolled_back {
                         return Err(error.needing_recovery());
                     }
-                    if round + 1 == ROUNDS {
+                    if rounds.is_last() {
                         return Err(error);
                     }
                     tracing::info!(

@@ -30,6 +30,7 @@ use crate::hook::{Hook, Served};
 use crate::journal::{Journal, Record};
 use crate::ledger::Ledger;
 use crate::options::Lifetime;
+use crate::reopening::Misfits;
 use crate::scope::TargetSet;
 use crate::server::{failure_code, publish_failure};
 use crate::session::ServeConfig;
@@ -69,6 +70,8 @@ pub(crate) struct Engine {
     pub(crate) moved_in: bool,
     /// Open files that the rules in force do not see, as the status shows it.
     pub(crate) unseen: Option<NotCovered>,
+    /// Open files that have come under a rule and wait to be opened anew.
+    pub(crate) misfits: Misfits,
     /// A recovery has begun: rules stay off.
     ending: bool,
     commands: Receiver<Command>,
@@ -182,6 +185,7 @@ impl Engine {
             stuck: BTreeSet::new(),
             moved_in: false,
             unseen: None,
+            misfits: Misfits::default(),
             ending: false,
             commands,
             waiting: VecDeque::new(),
@@ -231,10 +235,16 @@ impl Engine {
         self.board.edit(|status| status.phase = Phase::Attaching);
         if let Err(error) = self.attach().and_then(|()| self.begin()) {
             tracing::error!(%error, cause = error.cause_chain(), step = error.step().name(), "attaching failed");
-            let error = self.undo_after_failure(error);
-            self.answer_the_waiting(&error);
+            let (error, left) = self.undo_after_failure(error);
+            let is_served_on = !left.is_empty();
+            self.answer_the_waiting(&error, &left);
             publish_failure(&self.board, &error);
-            return failure_code(&error);
+            return if is_served_on {
+                tracing::warn!("what is left on the hook is served until it is let go of");
+                self.linger()
+            } else {
+                failure_code(&error)
+            };
         }
         let mut looked = Instant::now();
         loop {
@@ -245,21 +255,27 @@ impl Engine {
             } else {
                 None
             };
+            let misfits_due = if self.ending {
+                None
+            } else {
+                self.misfits.due_in(Instant::now())
+            };
+            if misfits_due == Some(Duration::ZERO)
+                && due.is_none()
+                && let Err(error) = self.reopen_misfits()
+            {
+                self.retry(&error.needing_recovery(), true);
+                return NEEDS_RECOVERY;
+            }
+            let wait = misfits_due.map_or(LOOK_EVERY, |due| due.min(LOOK_EVERY));
             let command = match due.or_else(|| self.waiting.pop_front()) {
                 Some(command) => Some(command),
                 // No sender goes before this does, which has one itself.
-                None => self.commands.recv_timeout(LOOK_EVERY).ok(),
+                None => self.commands.recv_timeout(wait).ok(),
             };
             match command {
                 None => {}
-                Some(Command::Reopen) => {
-                    if !self.ending
-                        && let Err(error) = self.reopen_misfits()
-                    {
-                        self.retry(&error.needing_recovery(), true);
-                        return NEEDS_RECOVERY;
-                    }
-                }
+                Some(Command::Reopen) => self.misfits.note(),
                 Some(
                     Command::Update { answer, .. }
                     | Command::Pause { answer }
@@ -359,14 +375,14 @@ impl Engine {
             .any(|command| matches!(command, Command::Recover { .. }))
     }
 
-    /// Attaching failed: who has asked for its end has got it, the rest is refused.
-    fn answer_the_waiting(&mut self, error: &AttachError) {
+    /// Attaching failed: who has asked for its end has got it, but for what is `left`; the rest is refused.
+    fn answer_the_waiting(&mut self, error: &AttachError, left: &[NotCovered]) {
         self.waiting.extend(self.commands.try_iter());
         for command in self.waiting.drain(..) {
             match command {
                 Command::Recover { answer, .. } if error.rolled_back() => {
                     if let Some(answer) = answer {
-                        recovered(&answer, Vec::new());
+                        recovered(&answer, left.to_vec());
                     }
                 }
                 Command::Recover { answer, .. } => {

@@ -20,6 +20,9 @@ pub(crate) const DONE: i32 = 0;
 /// The server could not put everything back; the holder must stay for `hobble recover`.
 pub(crate) const NEEDS_RECOVERY: i32 = 5;
 
+/// Nobody can put back what is left, and without the attachment's directory nobody will ask for it: the holder stays until it is told to end.
+pub(crate) const KEEP: i32 = 6;
+
 const SIGNALS: [i32; 4] = [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 /// How often a recovery that failed is tried again before the holder only waits for `hobble recover`.
 const RECOVERY_TRIES: u32 = 5;
@@ -99,12 +102,29 @@ fn hold(config: ServeConfig, lifeline: UnixStream) -> i32 {
     // The lifeline stays open in the shared table; the holder itself has no use for its copy and must not close it.
     std::mem::forget(OwnedFd::from(lifeline));
     let mut tries = 0;
+    let mut told_to_end = false;
     loop {
-        let code = wait_for(server);
+        let role = if tries == 0 {
+            Role::Server
+        } else {
+            Role::Successor
+        };
+        let code = wait_for(server, role, &mut told_to_end);
         match code {
             Some(DONE) => return DONE,
             Some(code) => tracing::warn!(code, "the server could not put everything back"),
             None => tracing::warn!("the server was killed"),
+        }
+        if told_to_end && directory_is_gone(&config) {
+            // By the recovery that has removed the directory: what it has left is left by force.
+            return NEEDS_RECOVERY;
+        }
+        if code == Some(KEEP) {
+            tracing::error!(
+                id = config.id,
+                "the target is not native, and there is no journal to recover it by; its files are kept until SIGTERM"
+            );
+            return wait_for_the_end();
         }
         if tries == RECOVERY_TRIES {
             tracing::error!(id = config.id, "recovery failed; run `hobble recover`");
@@ -125,10 +145,18 @@ fn hold(config: ServeConfig, lifeline: UnixStream) -> i32 {
     }
 }
 
-/// Waits for the server's end and hands signals on to it: `None` when a signal killed it.
+/// What a process that was cloned from the holder does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Server,
+    Successor,
+}
+
+/// Waits for the end of the server or of its successor: `None` when a signal killed it. A server gets the holder's signals, which ask it to recover. A successor is
+/// recovering, which a signal would only cut in two; that SIGTERM came, and to nobody that could act on it, is remembered in `told_to_end`.
 ///
 /// A server that was killed while one of its own threads waits for an answer from itself never ends, and nobody hears of its death: it is looked for.
-fn wait_for(server: i32) -> Option<i32> {
+fn wait_for(server: i32, role: Role, told_to_end: &mut bool) -> Option<i32> {
     let pid = Pid::from_raw(server)?;
     let process = hobble_graft::ids::Pid::new(server)
         .and_then(|pid| hobble_graft::ids::ProcessId::of(pid).ok());
@@ -149,7 +177,9 @@ fn wait_for(server: i32) -> Option<i32> {
         }
         match sys::wait_signal(&SIGNALS, LOOK_EVERY) {
             Some(signal) if signal != libc::SIGCHLD => {
-                if let Some(signal) = Signal::from_named_raw(signal) {
+                if role == Role::Successor || is_ending() {
+                    *told_to_end |= signal == libc::SIGTERM;
+                } else if let Some(signal) = Signal::from_named_raw(signal) {
                     let _ = rustix::process::kill_process(pid, signal);
                 }
             }
@@ -161,7 +191,7 @@ fn wait_for(server: i32) -> Option<i32> {
 /// Keeps the descriptors until the attachment's directory is gone, which is the last thing that `hobble recover` does, or until told to end.
 fn wait_until_undone(config: &ServeConfig) -> i32 {
     loop {
-        let gone = matches!(std::fs::symlink_metadata(config.state_dir.join(&config.id)), Err(error) if error.kind() == std::io::ErrorKind::NotFound)
+        let gone = directory_is_gone(config)
             && crate::volume::find_by_source(&crate::hook::source(&config.id)).is_none();
         if gone
             || matches!(
@@ -172,4 +202,14 @@ fn wait_until_undone(config: &ServeConfig) -> i32 {
             return NEEDS_RECOVERY;
         }
     }
+}
+
+/// Keeps the descriptors until told to end.
+fn wait_for_the_end() -> i32 {
+    while sys::wait_signal(&SIGNALS, Duration::from_secs(3600)) != Some(libc::SIGTERM) {}
+    NEEDS_RECOVERY
+}
+
+fn directory_is_gone(config: &ServeConfig) -> bool {
+    matches!(std::fs::symlink_metadata(config.state_dir.join(&config.id)), Err(error) if error.kind() == std::io::ErrorKind::NotFound)
 }

@@ -15,6 +15,8 @@ use std::os::unix::fs::FileExt;
 use hobble_graft::ids::MountId;
 use hobble_graft::mounts::{PropagationRecord, UniqueMountId};
 use hobble_graft::proc::mountinfo::Propagation;
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 /// A process that cannot be mistaken for a later one with the same pid (`/proc/<pid>/stat` field 22).
@@ -287,6 +289,9 @@ pub(crate) struct Journal {
     is_cut: bool,
 }
 
+/// Room for the records of a recovery, taken in advance.
+const RESERVE: u64 = 1 << 20;
+
 /// What ends a line that was cut off. No record ends so: each is a JSON object.
 const CUT: u8 = b'~';
 
@@ -325,6 +330,20 @@ impl Journal {
         })
     }
 
+    /// Takes room beyond the end: whoever fills up the state directory while the target is attached must not keep it from being recovered, which is written down step by
+    /// step. Where the filesystem cannot do that, records fit or do not.
+    pub(crate) fn reserve(&self) -> Result<(), JournalError> {
+        let io = |source| JournalError::Io {
+            op: "take room for",
+            source,
+        };
+        let size = self.file.metadata().map_err(io)?.len();
+        match rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, size, RESERVE) {
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+            Err(errno) => Err(io(errno.into())),
+        }
+    }
+
     /// Appends one record; when this returns an error the step it announces must not be taken.
     pub(crate) fn append(&mut self, record: &Record) -> Result<(), JournalError> {
         let json = serde_json::to_string(record).map_err(|e| JournalError::Io {
@@ -339,7 +358,16 @@ impl Journal {
         written.map_err(|source| JournalError::Io {
             op: "write",
             source,
-        })
+        })?;
+        if *record == Record::Attached
+            && let Err(error) = self.reserve()
+        {
+            tracing::warn!(
+                error = crate::preflight::chain(&error),
+                "a state directory that fills up may keep the target from being recovered"
+            );
+        }
+        Ok(())
     }
 }
 
@@ -510,6 +538,24 @@ mod tests {
                 expected.extend([Record::Server(who), Record::GaveUp(who)]);
             }
             assert_eq!(records, expected);
+        }
+    }
+
+    #[test]
+    fn room_for_a_recovery_is_taken_and_not_seen() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("journal");
+        let file = File::options().append(true).create(true).open(&path);
+        let mut journal = Journal::new(file.expect("open"));
+        for record in sample() {
+            journal.append(&record).expect("append");
+        }
+        let text = std::fs::read(&path).expect("read");
+        assert_eq!(parse(&text).expect("parse"), sample());
+        let taken = std::fs::metadata(&path).expect("stat").blocks() * 512;
+        if taken < RESERVE {
+            eprintln!("skipped: the temporary directory's filesystem takes no room in advance");
         }
     }
 

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use hobble_api::Timestamp;
 use hobble_api::event::{Event, EventKind, Recovered, Why};
+use hobble_api::exit::ExitCode;
 use hobble_api::status::NotCovered as NotCoveredStatus;
 use hobble_graft::census::{self, FileFacts};
 use hobble_graft::ids::{Device, ProcessId};
@@ -22,11 +23,12 @@ use rustix::fs::OFlags;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
 
 use crate::attaching::{Traced, stop_failed, who};
-use crate::claim::{Claim, read_ledger, read_story};
+use crate::bystanders::Rounds;
+use crate::claim::{Claim, OTHERS, is_starting, read_ledger, read_story};
 use crate::client::Client;
 use crate::crash_locks::{CrashLocks, Guards};
 use crate::error::{AttachError, Step};
-use crate::holder::{DONE, NEEDS_RECOVERY};
+use crate::holder::{DONE, KEEP, NEEDS_RECOVERY};
 use crate::journal::{Journal, Record, Who};
 use crate::journaling::Steps;
 use crate::ledger::{Entry, Ledger};
@@ -45,8 +47,14 @@ const PAUSE: Duration = Duration::from_secs(5);
 const ROUNDS: u32 = 10;
 /// How often a process may stand in the way of a stop before the others are put back without it.
 const PATIENCE: u32 = 3;
+/// How often that is tried without the attachment's directory, for nobody can be asked to try it again.
+const TRIES_WITHOUT_DIRECTORY: u32 = 10;
+/// How long is waited between two of these tries.
+const PAUSE_WITHOUT_DIRECTORY: Duration = Duration::from_millis(500);
 /// How long a killed server gets to end once nothing keeps it.
 const LAST_BREATH: Duration = Duration::from_secs(2);
+/// How long a server that has failed to recover gets to end, if it does.
+const GIVES_UP_WITHIN: Duration = Duration::from_secs(3);
 
 /// Which attachments to recover.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -99,7 +107,7 @@ fn recover_one(
 ) -> Result<(), AttachError> {
     // Says what is wrong with the id or the directory.
     let dir = attachment(state_dir, id)?;
-    if let Ok(mut client) = Client::connect(id, &dir.socket()) {
+    if let Some(mut client) = connect(&dir) {
         let since = Client::connect(id, &dir.socket())
             .and_then(|client| client.events(false, None))
             .map(last_number)
@@ -125,13 +133,28 @@ fn recover_one(
                 }
                 return Ok(());
             }
-            // It died while it was asked; the journal tells how far it came.
-            Err(_) if server_is_dead(&dir) => {}
+            // It died while it was asked, or gives up to its holder's successor; the journal tells how far it came.
+            Err(error) if has_ended(&dir, &error) => {}
             Err(error) => return Err(error),
         }
     }
     let publish = |kind| each(&Event::new(Timestamp::now(), id, kind));
     undo(&dir, force, publish)
+}
+
+/// A connection to the server, as soon as it takes one: its socket comes after its journal, and its journal after its directory. `None` when there is no server.
+fn connect(dir: &AttachmentDir) -> Option<Client> {
+    let until = Instant::now() + OTHERS;
+    loop {
+        if let Ok(client) = Client::connect(dir.id(), &dir.socket()) {
+            return Some(client);
+        }
+        if Instant::now() >= until || !is_starting(dir) {
+            return None;
+        }
+        // Neither a journal's first records nor a socket are announced.
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 fn last_number(mut events: crate::client::Events) -> u64 {
@@ -150,8 +173,29 @@ fn attachment(state_dir: &Path, id: &str) -> Result<AttachmentDir, AttachError> 
         })
 }
 
-fn server_is_dead(dir: &AttachmentDir) -> bool {
-    read_story(dir).is_ok_and(|story| story.is_none_or(|story| story.living_server().is_none()))
+/// Whether the server has ended, after it has answered with `error`. One that cannot put everything back says so before it ends, and its followers get their time.
+fn has_ended(dir: &AttachmentDir, error: &AttachError) -> bool {
+    let until = Instant::now() + GIVES_UP_WITHIN;
+    loop {
+        let is_dead = read_story(dir).is_ok_and(|story| {
+            let server = story.and_then(|story| story.server());
+            server.is_none_or(|server| !crate::story::lives(server))
+        });
+        let may_end = error.exit_code() == ExitCode::NeedsRecovery && Instant::now() < until;
+        if is_dead || !may_end {
+            return is_dead;
+        }
+        // Only its parent is told.
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Whether somebody may still answer for the hook, or is giving everything back: by the journal or, where that cannot be trusted, by who listens on the socket.
+fn is_served(dir: &AttachmentDir) -> bool {
+    match read_story(dir) {
+        Ok(story) => story.is_some_and(|story| story.living_server().is_some()),
+        Err(_) => Client::connect(dir.id(), &dir.socket()).is_ok(),
+    }
 }
 
 /// What the holder runs when the server has died: the same undoing, in a process that shares the holder's descriptors.
@@ -162,22 +206,29 @@ pub(crate) fn successor(config: &ServeConfig, holder: Pid) -> i32 {
     let result = match dir {
         Ok(dir) => undo(&dir, false, |_| {}),
         // It was at its very end, or somebody else has recovered; or somebody cleans up what is not theirs.
-        Err(error) if error.is_not_found() => crate::server::who(holder)
-            .map(crate::story::process)
-            .and_then(|holder| {
+        Err(error) if error.is_not_found() => {
+            let holder = crate::server::who(holder).map(crate::story::process);
+            let result = holder.and_then(|holder| {
                 holder.map_or(Ok(()), |holder| undo_without_directory(config, holder))
-            }),
+            });
+            return outcome(result, KEEP);
+        }
         Err(error) => Err(AttachError::new(
             Step::Recover,
             "the attachment's directory cannot be used",
         )
         .because(error)),
     };
+    outcome(result, NEEDS_RECOVERY)
+}
+
+/// The exit status that tells the holder how a recovery has gone.
+fn outcome(result: Result<(), AttachError>, failed: i32) -> i32 {
     match result {
         Ok(()) => DONE,
         Err(error) => {
             tracing::error!(%error, cause = error.cause_chain(), "the target could not be put back");
-            NEEDS_RECOVERY
+            failed
         }
     }
 }
@@ -224,8 +275,10 @@ fn undo(
         Ok(Some(claim)) => claim,
         Ok(None) => return finish(dir, None),
         Err(error) => {
-            // Whatever the journal says, nobody answers: whoever sleeps in a request gets an error now, and can be stopped or killed.
-            if let Some(device) = volume::find_by_source(&crate::hook::source(dir.id())) {
+            // Nobody answers any more: whoever sleeps in a request gets an error now, and can be stopped or killed.
+            if !is_served(dir)
+                && let Some(device) = volume::find_by_source(&crate::hook::source(dir.id()))
+            {
                 abort(device);
             }
             return Err(error);
@@ -253,6 +306,8 @@ fn undo(
 }
 
 /// Undoes an attachment whose directory somebody has removed: by what its holder was told in the beginning, and what the hook itself shows.
+///
+/// All tries are made here: the first takes the mount away, and whoever came after it would find no trace of the hook, though processes may still be on it.
 fn undo_without_directory(config: &ServeConfig, holder: ProcessId) -> Result<(), AttachError> {
     let Some(device) = volume::find_by_source(&crate::hook::source(&config.id)) else {
         return Ok(());
@@ -261,14 +316,25 @@ fn undo_without_directory(config: &ServeConfig, holder: ProcessId) -> Result<(),
         id = config.id,
         "the attachment's directory is gone, and its hook is not: undoing without a journal"
     );
-    let nowhere = std::fs::OpenOptions::new()
-        .append(true)
-        .open("/dev/null")
-        .map_err(|error| AttachError::io(Step::Recover, "open /dev/null", error))?;
     let story = Story::without_journal(config, holder, device);
-    Undoing::new(&story, Journal::new(nowhere), BTreeMap::new(), None)
-        .all(false)
-        .map(drop)
+    let mut tries = 1;
+    loop {
+        let nowhere = std::fs::OpenOptions::new()
+            .append(true)
+            .open("/dev/null")
+            .map_err(|error| AttachError::io(Step::Recover, "open /dev/null", error))?;
+        let work = Undoing::new(&story, Journal::new(nowhere), BTreeMap::new(), None);
+        match work.all(false) {
+            Ok(_) => return Ok(()),
+            Err(error) if tries < TRIES_WITHOUT_DIRECTORY => {
+                tracing::warn!(%error, cause = error.cause_chain(), tries, "the target could not be put back; trying again");
+                // Nothing announces that a process could be stopped now.
+                std::thread::sleep(PAUSE_WITHOUT_DIRECTORY);
+                tries += 1;
+            }
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Ends a connection whose server is dead: who waits for an answer gets an error.
@@ -387,7 +453,8 @@ impl Undoing<'_> {
         // Before the volume is looked up again: its path leads to the hook until then.
         self.unmount(device)?;
         let originals = Originals::collect(story, &self.known)?;
-        for round in 0..ROUNDS {
+        let mut rounds = Rounds::new(ROUNDS);
+        while let Some(round) = rounds.begin() {
             self.unmount(device)?;
             let mut processes = sighting::holders(device);
             processes.retain(|process| {
@@ -398,11 +465,16 @@ impl Undoing<'_> {
             if processes.is_empty() {
                 return Ok(());
             }
-            match self.give_back(tracer, &processes, device, &originals) {
+            let given_up = self.count_given_up();
+            let result = self.give_back(tracer, &processes, device, &originals);
+            if self.count_given_up() > given_up {
+                rounds.left_out(PATIENCE);
+            }
+            match result {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),
                 // Somebody was in a long call, or under another tracer, which may have gone a moment later.
-                Err(error) if round + 1 < ROUNDS && error.step() == Step::Recover => {
+                Err(error) if !rounds.is_last() && error.step() == Step::Recover => {
                     tracing::info!(%error, cause = error.cause_chain(), "giving back failed; trying again");
                     std::thread::sleep(Duration::from_millis(20 * u64::from(round + 1)));
                 }
@@ -614,6 +686,13 @@ impl Undoing<'_> {
         self.in_the_way
             .get(process)
             .is_some_and(|(times, _)| *times >= PATIENCE)
+    }
+
+    fn count_given_up(&self) -> usize {
+        self.in_the_way
+            .keys()
+            .filter(|process| self.is_given_up(process))
+            .count()
     }
 
     fn leave(&mut self, facts: &FileFacts, error: &std::io::Error) {

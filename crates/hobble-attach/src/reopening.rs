@@ -5,7 +5,8 @@
 //! rules are in force, for the files too that were opened under the new ones meanwhile; and where those could not be opened anew either, the error, the
 //! status and an event say how many files the rules do not see.
 
-use std::collections::BTreeSet;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,7 +20,7 @@ use hobble_mirror::adopt::HandleId;
 use hobble_rules::Plan;
 
 use crate::attaching::{Traced, no_hook, stop_failed, who};
-use crate::bystanders::Bystanders;
+use crate::bystanders::{Bystanders, Rounds};
 use crate::engine::Engine;
 use crate::error::{AttachError, Step};
 use crate::hook::Hook;
@@ -30,6 +31,40 @@ use crate::sighting;
 
 /// How often a target that could not be stopped in time is tried again.
 const TRIES: u32 = 3;
+
+/// The least time from one stop for files that were renamed or linked under a rule to the next: a target that renames all the time is not to stand still all the time.
+const LEAST_BETWEEN: Duration = Duration::from_millis(100);
+
+/// When files that have come under a rule are opened anew: at once, but not again within [`LEAST_BETWEEN`].
+#[derive(Debug, Default)]
+pub(crate) struct Misfits {
+    /// There are some.
+    wait: bool,
+    /// From when on there may be another stop.
+    not_before: Option<Instant>,
+}
+
+impl Misfits {
+    /// There are some.
+    pub(crate) fn note(&mut self) {
+        self.wait = true;
+    }
+
+    /// How long until they are to be seen to; `None` when there are none.
+    pub(crate) fn due_in(&self, now: Instant) -> Option<Duration> {
+        let wait = |due: Instant| due.saturating_duration_since(now);
+        self.wait
+            .then(|| self.not_before.map_or(Duration::ZERO, wait))
+    }
+
+    /// They have been seen to.
+    fn done(&mut self, now: Instant) {
+        *self = Self {
+            wait: false,
+            not_before: Some(now + LEAST_BETWEEN),
+        };
+    }
+}
 
 /// Whoever asks the rules and has files open for them.
 trait Files {
@@ -154,6 +189,12 @@ impl Engine {
     /// Opens anew the files that have come under a rule in force by a rename or a link, and do not show it what is read and written through them. Where that fails, the
     /// attachment goes on and tells of it; the error is that of a target that is left half way.
     pub(crate) fn reopen_misfits(&mut self) -> Result<(), AttachError> {
+        let result = self.reopen_all_misfits();
+        self.misfits.done(Instant::now());
+        result
+    }
+
+    fn reopen_all_misfits(&mut self) -> Result<(), AttachError> {
         let misfits = |hook: Option<&Hook>| hook.map(Hook::misfits).unwrap_or_default();
         let unseen = misfits(self.hook.as_ref());
         if unseen.is_empty() {
@@ -200,9 +241,11 @@ impl Engine {
     }
 
     fn reopen(&mut self, wanted: &BTreeSet<u64>, step: Step) -> Result<(), AttachError> {
-        let mut attempt = 1;
+        let mut rounds = Rounds::new(TRIES);
         let mut bystanders = Bystanders::default();
         loop {
+            let attempt = rounds.begin();
+            let left_out = bystanders.count();
             let result = Tracer::scope(|tracer| {
                 self.reopen_once(tracer, wanted, step, &mut bystanders)
                     .map_err(Traced)
@@ -211,10 +254,12 @@ impl Engine {
             if let Some(hook) = self.hook.as_ref() {
                 hook.unquiesce();
             }
+            if bystanders.count() > left_out {
+                rounds.left_out(1);
+            }
             match result {
-                Err(error) if error.rolled_back() && attempt < TRIES => {
+                Err(error) if error.rolled_back() && !rounds.is_last() => {
                     tracing::info!(%error, cause = error.cause_chain(), attempt, "open files could not be exchanged at once");
-                    attempt += 1;
                     // A pause between two tries: nothing announces that a thread could be stopped now.
                     std::thread::sleep(Duration::from_millis(60));
                 }
@@ -241,7 +286,9 @@ impl Engine {
         let mut holders = sighting::holders(device);
         holders.retain(|process| !bystanders.contains(process));
         let mut census = census::take(&holders, &on_hook).map_err(looked)?;
-        if concerned(hook, &census, wanted).is_empty() {
+        // Asked for while the target runs: each costs a round trip through the hook.
+        let mut known = Known::default();
+        if concerned(hook, &census, wanted, &mut known).is_empty() {
             return Ok(());
         }
         if let Err(error) = self.journal.append(&Record::Stopping {
@@ -260,7 +307,7 @@ impl Engine {
             .map_err(looked)?;
         let mut switch = Switch::new(&census);
         let mut superseded = Vec::new();
-        for (id, handle) in concerned(hook, &census, wanted) {
+        for (id, handle) in concerned(hook, &census, wanted, &mut known) {
             let Some(description) = census.description(id) else {
                 continue;
             };
@@ -360,20 +407,26 @@ fn not_in_force(error: AttachError, unseen: usize, had_rules: bool) -> AttachErr
     }
 }
 
-/// The descriptions that have to be opened anew, and their handles.
+/// Which handles descriptions have, as far as they have been asked for; `None` for one without.
+type Known = BTreeMap<DescriptionId, Option<HandleId>>;
+
+/// The descriptions that have to be opened anew, and their handles. Asks about those that are not `known`.
 fn concerned(
     hook: &Hook,
     census: &Census,
     wanted: &BTreeSet<u64>,
+    known: &mut Known,
 ) -> Vec<(DescriptionId, HandleId)> {
     census
         .descriptions()
         .filter_map(|description| {
-            let handle = hook
-                .mirror()
-                .identify(description.kept.as_fd())
-                .ok()?
-                .handle?;
+            let handle = match known.entry(description.id) {
+                Entry::Occupied(known) => *known.get(),
+                Entry::Vacant(new) => {
+                    let info = hook.mirror().identify(description.kept.as_fd());
+                    *new.insert(info.ok()?.handle)
+                }
+            }?;
             wanted
                 .contains(&handle.number())
                 .then_some((description.id, handle))
@@ -448,6 +501,21 @@ mod tests {
                 .map(|(file, ..)| *file)
                 .collect()
         }
+    }
+
+    #[test]
+    fn misfits_are_seen_to_at_once_and_then_not_for_a_while() {
+        let start = Instant::now();
+        let mut misfits = Misfits::default();
+        assert_eq!(misfits.due_in(start), None);
+        misfits.note();
+        assert_eq!(misfits.due_in(start), Some(Duration::ZERO));
+        misfits.done(start);
+        assert_eq!(misfits.due_in(start), None, "there are no others");
+        misfits.note();
+        assert_eq!(misfits.due_in(start), Some(LEAST_BETWEEN));
+        let later = start + LEAST_BETWEEN + Duration::from_millis(1);
+        assert_eq!(misfits.due_in(later), Some(Duration::ZERO));
     }
 
     #[test]

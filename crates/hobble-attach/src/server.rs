@@ -56,6 +56,7 @@ fn open_journal(
         .create_own(&dir.journal(), true)
         .map_err(|error| failed(error.into()))?;
     let mut journal = Journal::new(file);
+    journal.reserve().map_err(|error| failed(error.into()))?;
     let boot_id = hobble_graft::ids::BootId::current().map_err(|error| failed(error.into()))?;
     let created = u64::try_from(Timestamp::now().as_second()).unwrap_or(0);
     journal

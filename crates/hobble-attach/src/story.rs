@@ -55,6 +55,11 @@ pub(crate) fn process(who: Who) -> Option<ProcessId> {
     })
 }
 
+/// Whether a server may still answer. What cannot be looked at is taken for alive: to wait for a dead one costs time, to undo beside a living one costs the target.
+pub(crate) fn lives(process: ProcessId) -> bool {
+    !process.is_ending().unwrap_or(false)
+}
+
 impl Story {
     /// Puts the records of attachment `id` together.
     ///
@@ -176,13 +181,15 @@ impl Story {
             .filter(|process| process.is_alive().unwrap_or(false))
     }
 
+    /// Who serves, or served: nobody undoes before there is a server, which names itself first and never gives up.
+    pub(crate) fn server(&self) -> Option<ProcessId> {
+        self.servers.first().copied()
+    }
+
     /// Whose the attachment is: the first server or recoverer that still lives. Records are appended in one order that everybody sees, so two that begin at the same
     /// time agree on who goes first.
     pub(crate) fn living_server(&self) -> Option<ProcessId> {
-        self.servers
-            .iter()
-            .copied()
-            .find(|process| !process.is_ending().unwrap_or(true))
+        self.servers.iter().copied().find(|process| lives(*process))
     }
 }
 

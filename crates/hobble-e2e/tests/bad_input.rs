@@ -1,8 +1,9 @@
 //! Bad input and hostile conditions: each gives a clear error and a documented exit code, and leaves the target untouched.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -801,6 +802,116 @@ fn no_room_for_the_journal() -> Result<()> {
     })
 }
 
+/// A state directory of its own, on a filesystem of its own that can be filled up.
+struct SmallState {
+    mount: PathBuf,
+}
+
+impl SmallState {
+    fn new(mount: PathBuf) -> Result<Self> {
+        command::run(
+            Command::new("mount")
+                .args(["-t", "tmpfs", "-o", "size=4m", "none"])
+                .arg(&mount),
+            STEP,
+        )?;
+        Ok(Self { mount })
+    }
+
+    fn directory(&self) -> PathBuf {
+        self.mount.join("state")
+    }
+
+    fn fill_up(&self) -> Result<()> {
+        let mut zeros = fs::File::create(self.mount.join("zeros"))?;
+        let chunk = [0_u8; 4096];
+        let full = loop {
+            if let Err(error) = zeros.write_all(&chunk) {
+                break error;
+            }
+        };
+        ensure!(
+            full.kind() == std::io::ErrorKind::StorageFull,
+            "it does not fill up: {full}"
+        );
+        Ok(())
+    }
+}
+
+impl Drop for SmallState {
+    fn drop(&mut self) {
+        let _ = command::run(Command::new("umount").arg("-l").arg(&self.mount), STEP);
+    }
+}
+
+fn journal_of(hobble: &Hobble) -> Result<PathBuf> {
+    fs::read_dir(hobble.state_dir())?
+        .flatten()
+        .map(|entry| entry.path().join("journal"))
+        .find(|path| path.is_file())
+        .context("no journal")
+}
+
+/// Ends a journal where a page ends, by a line that is passed over as cut off: what is left of its last page would do for a small recovery.
+fn end_at_a_page(journal: &Path) -> Result<()> {
+    let mut file = fs::File::options().append(true).open(journal)?;
+    let size = usize::try_from(file.metadata()?.len())?;
+    let mut line = vec![b'x'; 8192 - size % 4096 - 2];
+    line.extend(b"~\n");
+    file.write_all(&line)?;
+    Ok(())
+}
+
+/// The state directory fills up while the target is attached; then the server recovers, or is killed and another recovers.
+fn fills_up(is_killed: bool) -> Result<()> {
+    scene(Kind::Ext4, |outer, volume| {
+        let small = SmallState::new(outer.scratch().directory("small")?)?;
+        let hobble = Hobble::with_state_dir(&small.directory())?;
+        let at = text(volume.path())?;
+        let mut target = Target::start(Program::Ops, [""; 0])?;
+        target.expect(&format!("open 1 +c {at}/file"))?;
+        target.expect("write 1 4 4096")?;
+        let before = movable(&target)?;
+        let pid = target.pid().to_string();
+        hobble.run([
+            "inject",
+            "--detach",
+            "--pid",
+            &pid,
+            "--path",
+            at,
+            "--no-rules",
+        ])?;
+        target.expect(&format!("open 2 +c {at}/another"))?;
+        end_at_a_page(&journal_of(&hobble)?)?;
+        small.fill_up()?;
+        if is_killed {
+            for server in hobble.servers() {
+                kill(Pid::from_raw(server.cast_signed()), Signal::SIGKILL)?;
+            }
+        } else {
+            hobble.run(["recover", "--all"])?;
+        }
+        until("nothing of the attachment is left", STEP, || {
+            hobble.processes().is_empty()
+        })?;
+        target.expect("close 2")?;
+        assert_same_descriptors(&target, &before)?;
+        target.expect("write 1 4 4096")?;
+        target.finish().map(drop)
+    })
+}
+
+#[test]
+fn the_journal_has_room_for_a_recovery() -> Result<()> {
+    fills_up(false)
+}
+
+#[test]
+fn the_journal_has_room_for_a_recovery_without_a_server() -> Result<()> {
+    fills_up(true)
+}
+
 #[test]
 fn a_tampered_journal() -> Result<()> {
     scene(Kind::Ext4, |outer, volume| {
@@ -820,11 +931,7 @@ fn a_tampered_journal() -> Result<()> {
             text(volume.path())?,
             "--no-rules",
         ])?;
-        let journal = fs::read_dir(hobble.state_dir())?
-            .flatten()
-            .map(|entry| entry.path().join("journal"))
-            .find(|path| path.is_file())
-            .context("no journal")?;
+        let journal = journal_of(&hobble)?;
         let original = fs::read(&journal)?;
         let pids: Vec<u32> = [hobble.holders(), hobble.servers()].concat();
         ensure!(
@@ -870,7 +977,7 @@ fn a_tampered_journal() -> Result<()> {
                 break;
             }
         }
-        if journal.parent().is_some_and(std::path::Path::is_dir) {
+        if journal.parent().is_some_and(Path::is_dir) {
             fs::write(&journal, &original)?;
             let said = hobble.output(["recover", "--all", "--force"])?;
             println!(
