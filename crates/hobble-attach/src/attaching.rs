@@ -227,7 +227,7 @@ impl Engine {
                         && attempt < TRIES
                         && is_transient(&error)
                         && !self.moved_in
-                        && self.withdraw().is_ok() =>
+                        && self.withdraw() =>
                 {
                     tracing::info!(%error, cause = error.cause_chain(), attempt, "the target could not be moved at once");
                     attempt += 1;
@@ -243,11 +243,15 @@ impl Engine {
         processes(target, self.config.scope, self.config.own())
     }
 
-    /// Gives up a hook that nobody is on.
-    fn withdraw(&mut self) -> Result<(), AttachError> {
-        self.hook.as_mut().map_or(Ok(()), Hook::remove)?;
+    /// Gives up a hook that no target was moved to, and says whether that could be done: whoever else has come to it by path meanwhile is taken off it first.
+    fn withdraw(&mut self) -> bool {
+        if self.hook.as_ref().is_some_and(Hook::was_placed)
+            && !self.detach(true).is_ok_and(|given| given.left.is_empty())
+        {
+            return false;
+        }
         self.hook = None;
-        Ok(())
+        true
     }
 
     /// One try, from serving to letting go.
@@ -676,7 +680,7 @@ impl Engine {
         &mut self,
         error: AttachError,
     ) -> (AttachError, Vec<NotCoveredStatus>) {
-        if self.moved_in || self.hook.as_ref().is_some_and(Hook::is_placed) {
+        if self.moved_in || self.hook.as_ref().is_some_and(Hook::was_placed) {
             match self.detach(true) {
                 Ok(given) if given.left.is_empty() => {}
                 // Somebody else's, who could not be stopped, or what cannot be moved: without a server all of it would fail.

@@ -96,6 +96,8 @@ pub(crate) struct Hook {
     /// The engine has been told of misfits, and has not looked since.
     misfits: Arc<AtomicBool>,
     placed: Option<Covering>,
+    /// It has been placed once: somebody may have come to it by path, and be on it still.
+    was_placed: bool,
     /// Removing it has failed.
     unremoved: bool,
     leftovers: Vec<NotCovered>,
@@ -256,6 +258,7 @@ impl Hook {
             armed,
             misfits,
             placed: None,
+            was_placed: false,
             unremoved: false,
             leftovers: Vec::new(),
             source: source(id),
@@ -280,6 +283,11 @@ impl Hook {
 
     pub(crate) fn is_placed(&self) -> bool {
         self.placed.is_some() || self.unremoved
+    }
+
+    /// Whether anybody can have come to it, though its mount may be gone again.
+    pub(crate) fn was_placed(&self) -> bool {
+        self.was_placed
     }
 
     /// From now on the rules see the targets.
@@ -410,7 +418,9 @@ impl Hook {
         let mount = self
             .mount()
             .map_err(|error| AttachError::io(Step::Mount, "place the hook", error))?;
-        self.placed = Some(self.volume.place(mount, record)?);
+        let placed = self.volume.place(mount, record);
+        self.was_placed = true;
+        self.placed = Some(placed?);
         Ok(())
     }
 
