@@ -47,6 +47,8 @@ for ((i = ${#order[@]} - 1; i >= 0; i--)); do
                 case $(readlink "$process/exe") in "$a"*) ;; *) continue ;; esac
                 if ls -l "$process/fd" | grep -qF -- "-> $b/"; then kill -KILL "${process#/proc/}"; fi
             done
+            # A server that was killed while it waited for itself ends only when its connection is ended for it.
+            timeout -k 5 30 "$a" --state-dir "$b" recover --all --force
             ;;
         remove) for _ in 1 2 3 4 5; do rm -rf --one-file-system -- "$a" && break; sleep 0.2; done ;;
     esac
