@@ -16,6 +16,7 @@ use hobble_api::exit::ExitCode;
 use hobble_api::status::NotCovered as NotCoveredStatus;
 use hobble_graft::census::{self, FileFacts};
 use hobble_graft::ids::{Device, ProcessId};
+use hobble_graft::limits::{self, DescriptorLimit};
 use hobble_graft::remote;
 use hobble_graft::stop::{Deadline, StopError, Tracer};
 use hobble_graft::switch::Switch;
@@ -38,7 +39,6 @@ use crate::session::ServeConfig;
 use crate::sighting;
 use crate::state_dir::{AttachmentDir, StateDir};
 use crate::story::{RaisedLimit, Story};
-use crate::sys;
 use crate::volume::{self};
 
 /// How long one stop may take here: not to recover is worse.
@@ -712,19 +712,27 @@ fn put_limits_back(limits: &[RaisedLimit]) -> Vec<Who> {
         let who = limit.who;
         let lives =
             crate::story::process(who).is_some_and(|process| process.is_alive().unwrap_or(false));
-        let replaced = if lives {
-            sys::replace_soft_descriptor_limit(who.pid, limit.raised, limit.soft)
-        } else {
-            Ok(false)
-        };
+        let replaced = if lives { put_limit_back(limit) } else { Ok(()) };
         match replaced {
-            Ok(_) => done.push(who),
+            Ok(()) => done.push(who),
             Err(error) => {
                 tracing::warn!(pid = who.pid, %error, "the soft limit on descriptors stays raised");
             }
         }
     }
     done
+}
+
+fn put_limit_back(limit: &RaisedLimit) -> std::io::Result<()> {
+    let Some(pid) = hobble_graft::ids::Pid::new(limit.who.pid) else {
+        return Ok(());
+    };
+    let now = limits::descriptors(pid).map_err(std::io::Error::other)?;
+    if now.soft == limit.raised {
+        let soft = limit.soft.min(now.hard);
+        limits::set_soft(pid, DescriptorLimit { soft, ..now })?;
+    }
+    Ok(())
 }
 
 /// Whether the filesystem that has the hook's device number now is the hook. The kernel gives the number to the next filesystem without a disk as soon as the

@@ -482,3 +482,34 @@ fn a_file_renamed_under_a_rule_that_cannot_be_opened_anew_is_told_of() -> Result
         target.finish().map(drop)
     })
 }
+
+#[test]
+fn a_target_of_another_user_is_attached_like_any() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let directory = volume.directory("theirs")?;
+        std::os::unix::fs::chown(&directory, Some(65534), Some(65534))?;
+        std::fs::set_permissions(
+            volume.path(),
+            std::os::unix::fs::PermissionsExt::from_mode(0o755),
+        )?;
+        // As a server drops its privileges: what it has open it could not open from outside, and root in a container may not look at its limits.
+        let mut command = std::process::Command::new("setpriv");
+        command
+            .args(["--reuid", "65534", "--regid", "65534", "--clear-groups"])
+            .arg(Program::Ops.command()?.get_program());
+        let mut target = Target::start_command(command)?;
+        target.expect(&format!("open 1 +c {}/file", text(&directory)?))?;
+        target.expect("write 1 16 4096")?;
+        let injection = hobble.attach(
+            target.pid(),
+            volume.path(),
+            &["--fault", "errno=EIO op=write"],
+        )?;
+        assert_hooked(&target, volume.path(), true)?;
+        ensure!(failed(&mut target, "write 1 10 64")? == 10);
+        injection.recover()?;
+        assert_hooked(&target, volume.path(), false)?;
+        ensure!(failed(&mut target, "write 1 10 64")? == 0);
+        target.finish().map(drop)
+    })
+}

@@ -7,6 +7,7 @@
 mod arch;
 pub mod census;
 pub mod ids;
+pub mod limits;
 pub mod mounts;
 pub mod proc;
 pub mod remote;

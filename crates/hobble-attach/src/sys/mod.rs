@@ -86,30 +86,6 @@ pub(crate) fn inherited(number: i32) -> std::os::fd::OwnedFd {
     unsafe { std::os::fd::FromRawFd::from_raw_fd(number) }
 }
 
-/// Sets the soft limit on descriptors of another process to `to`, if it is `from`; its hard limit is left alone. Says whether it was.
-pub(crate) fn replace_soft_descriptor_limit(pid: i32, from: u64, to: u64) -> io::Result<bool> {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: the kernel writes one rlimit to a valid place; nothing is set.
-    let read = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &mut limit) };
-    if read != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    if limit.rlim_cur != from {
-        return Ok(false);
-    }
-    limit.rlim_cur = to.min(limit.rlim_max);
-    // SAFETY: the kernel reads one rlimit; nothing is written.
-    let set = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) };
-    if set == 0 {
-        Ok(true)
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
 /// Takes a byte-range lock on an open file description (or changes its kind), without waiting. `end` is the last byte; `None` is the end of everything.
 pub(crate) fn lock_description(
     fd: std::os::fd::BorrowedFd<'_>,

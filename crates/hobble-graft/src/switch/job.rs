@@ -12,10 +12,11 @@ use rustix::io::Errno;
 use super::bystanders::{Bystanders, Closer};
 use super::locks::{self, Grip, Hold};
 use super::steps::{LockHandover, MovedLock, Step, StepLog, Way};
-use super::{NotMoved, Report, SwitchError, descriptors, directories, in_place, mappings, sys};
+use super::{NotMoved, Report, SwitchError, descriptors, directories, in_place, mappings};
 use crate::census::{Census, FsId, Table};
 use crate::ids::{Fd, ProcessId, Tid};
-use crate::proc::{stat, status};
+use crate::limits::{self, DescriptorLimit};
+use crate::proc::{ProcError, stat, status};
 use crate::remote::{Borrowed, MESSAGE_DESCRIPTORS};
 use crate::stop::{Deadline, Stopped};
 
@@ -206,16 +207,19 @@ impl<'a> Job<'a> {
     /// Puts a raised soft limit back, unless somebody else has set it meanwhile (prlimit(2) works on a stopped process too).
     fn put_limit_back(&self, limit: Raised, log: &mut dyn StepLog) -> Result<(), SwitchError> {
         let pid = self.process.pid;
-        let put_back = sys::descriptor_limit(pid.as_raw(), None).and_then(|(soft, hard)| {
-            if soft == limit.raised {
-                sys::descriptor_limit(pid.as_raw(), Some((limit.soft.min(hard), hard)))?;
+        let put_back = self.limit().and_then(|now| {
+            if now.soft == limit.raised {
+                self.set_limit(DescriptorLimit {
+                    soft: limit.soft.min(now.hard),
+                    ..now
+                })?;
             }
             Ok(())
         });
         match put_back {
             // A dead process needs no limit.
-            Ok(()) | Err(Errno::SRCH) => {}
-            Err(errno) => return Err(SwitchError::Limit { pid, errno }),
+            Ok(()) | Err(SwitchError::Gone { .. }) => {}
+            Err(error) => return Err(error),
         }
         let step = Step::LimitPutBack {
             pid: pid.as_raw(),
@@ -228,16 +232,26 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
+    fn limit(&self) -> Result<DescriptorLimit, SwitchError> {
+        let pid = self.process.pid;
+        limits::descriptors(pid).map_err(|error| match error {
+            ProcError::Gone { .. } => SwitchError::Gone { pid },
+            source => SwitchError::ReadLimit { pid, source },
+        })
+    }
+
+    fn set_limit(&self, limit: DescriptorLimit) -> Result<(), SwitchError> {
+        let pid = self.process.pid;
+        limits::set_soft(pid, limit).map_err(|errno| match errno {
+            Errno::SRCH => SwitchError::Gone { pid },
+            errno => SwitchError::Limit { pid, errno },
+        })
+    }
+
     /// How many descriptors a message may have; raises the soft limit where there is no room, and gives the old one.
     fn make_room(&self, log: &mut dyn StepLog) -> Result<(usize, Option<Raised>), SwitchError> {
         let pid = self.process.pid;
-        let limit = |new| {
-            sys::descriptor_limit(pid.as_raw(), new).map_err(|errno| match errno {
-                Errno::SRCH => SwitchError::Gone { pid },
-                errno => SwitchError::Limit { pid, errno },
-            })
-        };
-        let (soft, hard) = limit(None)?;
+        let DescriptorLimit { soft, hard } = self.limit()?;
         let mut used = self.table.descriptors as u64;
         if soft < used + SOCKETS + FEW {
             // Tight: descriptors above the limit, made before it was lowered, do not take room below it.
@@ -269,7 +283,7 @@ impl<'a> Job<'a> {
                         raised,
                     },
                 )?;
-                limit(Some((raised, hard)))?;
+                self.set_limit(DescriptorLimit { soft: raised, hard })?;
                 old = Some(Raised { soft, raised });
                 now = raised;
             }

@@ -101,7 +101,16 @@ pub enum SwitchError {
         /// The hard limit.
         hard: u64,
     },
-    /// The limit on descriptors could not be read or raised.
+    /// The limit on descriptors could not be read.
+    #[error("cannot read the limit on descriptors of process {pid}")]
+    ReadLimit {
+        /// The process.
+        pid: Pid,
+        /// What failed.
+        #[source]
+        source: crate::proc::ProcError,
+    },
+    /// The limit on descriptors could not be raised or put back.
     #[error("cannot change the limit on descriptors of process {pid}")]
     Limit {
         /// The process.

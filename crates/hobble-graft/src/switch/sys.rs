@@ -46,19 +46,3 @@ pub(super) fn set_signal(fd: RawFd, signal: i32) -> Result<(), Errno> {
     // SAFETY: takes numbers only.
     result(unsafe { libc::fcntl(fd, F_SETSIG, signal) })
 }
-
-/// The limit on descriptors of another process, soft and hard; sets it first when `new` is given.
-pub(super) fn descriptor_limit(pid: i32, new: Option<(u64, u64)>) -> Result<(u64, u64), Errno> {
-    let wanted = new.map(|(soft, hard)| libc::rlimit {
-        rlim_cur: soft,
-        rlim_max: hard,
-    });
-    let pointer = wanted.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-    let mut old = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: `pointer` is null or points to a structure that outlives the call, and so does `old`.
-    result(unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, pointer, &raw mut old) })?;
-    Ok((old.rlim_cur, old.rlim_max))
-}
