@@ -32,6 +32,8 @@ use crate::volume::Volume;
 const TRIES: u32 = 3;
 /// Between two tries.
 const BREATH: Duration = Duration::from_millis(60);
+/// Descriptors of ours that stay free for what is opened while the target stands still.
+const SPARE: usize = 1_024;
 /// How often what was missed is looked for after letting go.
 const ROUNDS: u32 = 6;
 
@@ -335,6 +337,8 @@ impl Engine {
         };
         self.record(&Record::Keeping { kept })?;
         self.progress("precopy", total, total);
+        // Everything that needs many descriptors of ours has been opened.
+        census.prepare_rescan(SPARE);
         fault_point::pass("precopied");
         if self.is_called_off() {
             return Err(called_off());

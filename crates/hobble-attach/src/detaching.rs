@@ -37,6 +37,8 @@ use crate::sighting;
 const LEAST_PAUSE: Duration = Duration::from_secs(2);
 /// The round from which on that is done: whoever was in a long call has had time to leave it.
 const PATIENT_FROM: u32 = 4;
+/// Descriptors of ours that stay free for what is opened while the target stands still.
+const SPARE: usize = 1_024;
 /// How often it is looked for what is still on the hook.
 const ROUNDS: u32 = 10;
 /// How long the kernel gets to let go of an unmounted filesystem that nobody is seen to hold.
@@ -140,6 +142,8 @@ impl Engine {
             }) {
                 tracing::warn!(%error, "the journal does not tell of the stop");
             }
+            // Every description is given back through one more descriptor of ours.
+            census.prepare_rescan(SPARE + moves);
             let budget = Duration::from_micros(self.config.max_pause_us);
             let budget = if round < PATIENT_FROM {
                 budget
@@ -205,13 +209,14 @@ impl Engine {
                         .map(crate::attaching::not_moved)
                         .collect();
                     watch.lap("exchange");
-                    let unmounted = self.unmount();
+                    // Its copies in other namespaces are looked for when the target runs again: that takes longer than all of this.
+                    let taken = self.hook.as_mut().map_or(Ok(()), Hook::take_off);
                     watch.lap("unmount");
                     let released = stopped.release();
                     watch.lap("release");
                     watch.tell();
                     given.pause = given.pause.max(released.stood_still);
-                    unmounted?;
+                    taken.and_then(|()| self.unmount())?;
                     given.left = returns.stays;
                 }
                 Err(failed) => {

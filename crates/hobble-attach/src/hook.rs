@@ -438,14 +438,23 @@ impl Hook {
 
     /// Takes the mount away again, wherever it got to. After a failure it counts as placed still, and can be tried again.
     pub(crate) fn remove(&mut self) -> Result<(), AttachError> {
-        let removed = match self.placed.take() {
-            Some(placed) => volume::remove(placed, &self.source),
-            None if self.unremoved => volume::remove_everywhere(self.device, &self.source),
-            None => return Ok(()),
+        let taken = self.take_off();
+        if !self.unremoved {
+            return Ok(());
+        }
+        // Sandboxes made while attached have copies of their own; and what could not be taken off where it was placed is looked for as if it were one.
+        self.leftovers = volume::remove_everywhere(self.device, &self.source)?;
+        self.unremoved = taken.is_err();
+        taken
+    }
+
+    /// Takes the mount away where it was placed, which is quick. Its copies may be there still: [`Hook::remove`] has to follow.
+    pub(crate) fn take_off(&mut self) -> Result<(), AttachError> {
+        let Some(placed) = self.placed.take() else {
+            return Ok(());
         };
-        self.unremoved = removed.is_err();
-        self.leftovers = removed?;
-        Ok(())
+        self.unremoved = true;
+        volume::take_off(placed)
     }
 
     /// Mounts of it that could not be removed: copies in sandboxes that were made meanwhile.

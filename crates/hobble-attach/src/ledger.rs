@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, PoisonError};
 
 /// Bytes of a slot: kind and value.
 const SLOT: usize = 16;
@@ -71,12 +72,22 @@ impl Entry {
 #[derive(Debug)]
 pub(crate) struct Ledger {
     file: File,
+    /// What it says, in its form in the file: numbers of descriptors that were opened together are often some apart, and one large write takes less time than many
+    /// small ones while the target stands still.
+    slots: Mutex<Vec<u8>>,
 }
 
 impl Ledger {
-    /// A ledger on a file opened for writing, not for appending.
-    pub(crate) fn new(file: File) -> Self {
-        Self { file }
+    /// A ledger on a file opened for writing, not for appending, of which this is known.
+    pub(crate) fn new(file: File, known: &BTreeMap<i32, Entry>) -> Self {
+        let mut slots = Vec::new();
+        for (number, entry) in known {
+            put(&mut slots, *number, *entry);
+        }
+        Self {
+            file,
+            slots: Mutex::new(slots),
+        }
     }
 
     /// Writes what is known of some descriptors.
@@ -84,26 +95,34 @@ impl Ledger {
     /// # Errors
     /// What writing says; nothing may be done then that relies on it.
     pub(crate) fn write(&self, entries: &BTreeMap<i32, Entry>) -> io::Result<()> {
-        // Numbers of descriptors that were opened together follow each other: one write for each run of them, as the target may be standing still.
-        let mut run: Vec<u8> = Vec::with_capacity(entries.len() * SLOT);
-        let mut first = 0;
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut first, mut end) = (usize::MAX, 0);
         for (number, entry) in entries {
-            let Ok(number) = u64::try_from(*number) else {
-                continue;
-            };
-            if first + (run.len() / SLOT) as u64 != number {
-                self.write_run(first, &run)?;
-                run.clear();
-                first = number;
+            if let Some(at) = put(&mut slots, *number, *entry) {
+                first = first.min(at);
+                end = end.max(at + SLOT);
             }
-            run.extend(entry.encode());
         }
-        self.write_run(first, &run)
+        match slots.get(first..end) {
+            Some(changed) => self.file.write_all_at(changed, first as u64),
+            None => Ok(()),
+        }
     }
+}
 
-    fn write_run(&self, first: u64, run: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(run, first * SLOT as u64)
+/// Puts an entry into its place. Says where that is, in bytes.
+fn put(slots: &mut Vec<u8>, number: i32, entry: Entry) -> Option<usize> {
+    let at = usize::try_from(number)
+        .ok()
+        .filter(|number| *number < MAX_SLOTS)?
+        * SLOT;
+    if slots.len() < at + SLOT {
+        slots.resize(at + SLOT, 0);
     }
+    slots
+        .get_mut(at..at + SLOT)?
+        .copy_from_slice(&entry.encode());
+    Some(at)
 }
 
 /// Everything a ledger says, by descriptor number.
@@ -127,7 +146,7 @@ mod tests {
 
     fn write_and_read(batches: &[BTreeMap<i32, Entry>]) -> BTreeMap<i32, Entry> {
         let file = tempfile::tempfile().expect("temporary file");
-        let ledger = Ledger::new(file.try_clone().expect("duplicate"));
+        let ledger = Ledger::new(file.try_clone().expect("duplicate"), &BTreeMap::new());
         for batch in batches {
             ledger.write(batch).expect("write");
         }

@@ -291,11 +291,12 @@ fn undo(
     let journal = journal.try_clone().map_err(|error| {
         AttachError::new(Step::Recover, "the journal cannot be written").because(error)
     })?;
+    let known = read_ledger(dir);
     let ledger = dir
         .open_own(&dir.ledger(), OFlags::WRONLY)
         .ok()
-        .map(Ledger::new);
-    let work = Undoing::new(story, journal, read_ledger(dir), ledger);
+        .map(|file| Ledger::new(file, &known));
+    let work = Undoing::new(story, journal, known, ledger);
     let (left, pause) = work.all(force)?;
     publish(EventKind::Recovered(Recovered {
         pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),

@@ -76,7 +76,10 @@ fn open_journal(
     let ledger = dir
         .create_own(&dir.ledger(), false)
         .map_err(|error| failed(error.into()))?;
-    Ok((journal, Ledger::new(ledger)))
+    Ok((
+        journal,
+        Ledger::new(ledger, &std::collections::BTreeMap::new()),
+    ))
 }
 
 fn foreign(error: AttachError) -> crate::journal::JournalError {

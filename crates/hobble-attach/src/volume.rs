@@ -487,16 +487,11 @@ fn bound_sockets(process: ProcessId) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Takes a placed hook away, here and in copies of the namespace.
-/// Gives the mounts that cannot be removed.
-pub(crate) fn remove(covering: Covering, source: &str) -> Result<Vec<NotCovered>, AttachError> {
-    let device = covering.device();
-    let removed = covering
+/// Takes a placed hook away in the target's namespace.
+pub(crate) fn take_off(covering: Covering) -> Result<(), AttachError> {
+    covering
         .remove(WITHIN)
-        .map_err(failed(Step::Recover, "take the hook away"));
-    // Sandboxes made while attached have copies of their own.
-    let left = remove_everywhere(device, source)?;
-    removed.map(|()| left)
+        .map_err(failed(Step::Recover, "take the hook away"))
 }
 
 /// The filesystem with this source, if it is mounted in the namespace of any process.

@@ -502,6 +502,7 @@ pub struct Census {
     specials: Vec<Special>,
     not_covered: Vec<NotCovered>,
     slots: BTreeMap<TableId, scan::Slots>,
+    prepared: BTreeMap<TableId, slots::Infos>,
     next: scan::Ids,
 }
 
@@ -578,6 +579,30 @@ impl Census {
         volume: Volume<'_>,
     ) -> Result<Difference, CensusError> {
         scan::rescan(self, processes, volume)
+    }
+
+    /// Makes later looks fast: keeps open what `/proc` tells of the descriptors that were found, as many of them as leave `reserve` descriptors of ours free. To be
+    /// called while the processes run.
+    pub fn prepare_rescan(&mut self, reserve: usize) {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let used = std::fs::read_dir("/proc/self/fd").map_or(usize::MAX, Iterator::count);
+        let limit = limit.map_or(usize::MAX, |limit| {
+            usize::try_from(limit).unwrap_or(usize::MAX)
+        });
+        let mut most = limit.saturating_sub(used).saturating_sub(reserve);
+        self.prepared.clear();
+        for table in &self.tables {
+            let Some(member) = table.members.first() else {
+                continue;
+            };
+            let slots = self.slots.get(&table.id).into_iter().flatten();
+            let descriptors = slots
+                .filter(|(_, slot)| matches!(slot, scan::Slot::Description(_)))
+                .map(|(fd, _)| *fd);
+            let infos = slots::Infos::open(*member, descriptors, most);
+            most = most.saturating_sub(infos.len());
+            self.prepared.insert(table.id, infos);
+        }
     }
 
     /// The processes that are alive, by ascending id.

@@ -204,10 +204,11 @@ fn scan_tables(
     census.descriptions.begin();
     census.tables.clear();
     let mut slots_before = std::mem::take(&mut census.slots);
+    let prepared = std::mem::take(&mut census.prepared);
     for (id, members) in groups.iter_mut() {
         let before = slots_before.remove(id).unwrap_or_default();
         let slots = with_any(members, |member| {
-            let reader = TableReader::open(member, volume)?;
+            let reader = TableReader::open(member, volume, prepared.get(id))?;
             let slots = scan_table(census, *id, &reader, &before)?;
             if reader.is_valid()? {
                 return Ok(slots);
@@ -226,6 +227,7 @@ fn scan_tables(
         census.tables.push(table);
         census.slots.insert(*id, slots);
     }
+    census.prepared = prepared;
     let Changes {
         appeared,
         vanished,

@@ -5,6 +5,7 @@
 //! files are never mixed into one. Looking at thousands of slots is spread over a few threads, because it happens while the
 //! target stands still.
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -91,11 +92,49 @@ pub(super) struct TableReader<'a> {
     descriptors: OwnedFd,
     infos: OwnedFd,
     volume: Volume<'a>,
+    prepared: Option<&'a Infos>,
+}
+
+/// Files of `/proc/<pid>/task/<tid>/fdinfo` that are kept open, and through which thread: each says what its number refers to when it is read (fs/proc/fd.c,
+/// `seq_show`). To open one takes several times as long as to read it.
+#[derive(Debug)]
+pub(super) struct Infos {
+    member: Member,
+    files: BTreeMap<Fd, OwnedFd>,
+}
+
+impl Infos {
+    /// Opens those of these descriptors, as many as `most`; what cannot be opened is opened when it is looked at.
+    pub(super) fn open(member: Member, fds: impl Iterator<Item = Fd>, most: usize) -> Self {
+        let Member { pid, tid } = member;
+        let path = PathBuf::from(format!("/proc/{pid}/task/{tid}/fdinfo"));
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(&path, flags | OFlags::DIRECTORY, Mode::empty());
+        let open = |fd: Fd| {
+            let file = rustix::fs::openat(
+                directory.as_ref().ok()?,
+                fd.to_string(),
+                flags,
+                Mode::empty(),
+            );
+            Some((fd, file.ok()?))
+        };
+        let files = fds.take(most).map_while(open).collect();
+        Self { member, files }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.files.len()
+    }
 }
 
 impl<'a> TableReader<'a> {
     /// Opens the table that `member` uses. [`ProcError::Gone`] when the thread is.
-    pub(super) fn open(member: Member, volume: Volume<'a>) -> Result<Self, CensusError> {
+    pub(super) fn open(
+        member: Member,
+        volume: Volume<'a>,
+        prepared: Option<&'a Infos>,
+    ) -> Result<Self, CensusError> {
         let Member { pid, tid } = member;
         let open = |name: &str| {
             let path = PathBuf::from(format!("/proc/{pid}/task/{tid}/{name}"));
@@ -127,6 +166,7 @@ impl<'a> TableReader<'a> {
             descriptors,
             infos,
             volume,
+            prepared: prepared.filter(|infos| infos.member == member),
         })
     }
 
@@ -408,6 +448,11 @@ impl Looker<'_, '_> {
     }
 
     fn info(&mut self, fd: Fd, name: &CStr) -> Result<FdInfo, Miss> {
+        if self.read_prepared(fd)
+            && let Ok(info) = fdinfo::parse(&self.text)
+        {
+            return Ok(info);
+        }
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let file = rustix::fs::openat(&self.table.infos, name, flags, Mode::empty())
             .map_err(|e| self.miss(fd, e))?;
@@ -422,6 +467,25 @@ impl Looker<'_, '_> {
             }
         }
         fdinfo::parse(&self.text).map_err(|error| self.unreadable(fd, error))
+    }
+
+    /// Reads what is said of a descriptor through a file that is open already. `false` when there is none, or it says nothing: the thread may have ended.
+    fn read_prepared(&mut self, fd: Fd) -> bool {
+        let Some(file) = self.table.prepared.and_then(|infos| infos.files.get(&fd)) else {
+            return false;
+        };
+        self.text.clear();
+        loop {
+            self.text.reserve(1024);
+            let room = self.text.capacity() - self.text.len();
+            let offset = self.text.len() as u64;
+            let buffer = rustix::buffer::spare_capacity(&mut self.text);
+            match rustix::io::pread(file, buffer, offset) {
+                Ok(read) if read < room => return !self.text.is_empty(),
+                Ok(_) => {}
+                Err(_) => return false,
+            }
+        }
     }
 
     fn unreadable(&self, fd: Fd, error: ParseError) -> Miss {
