@@ -39,12 +39,15 @@ pub enum Request {
     Pause {},
     /// Switch the rules on. Answered by [`Answer::Done`], also when they were on.
     Resume {},
-    /// Put everything back. Answered by [`Answer::Done`] once it has been; what happens meanwhile is told to those who
+    /// Put everything back. Answered by [`Answer::Recovered`] once it has been; what happens meanwhile is told to those who
     /// follow the events.
     Recover {
         /// Go on although something can then not be put back.
         #[serde(default)]
         force: bool,
+        /// It is asked for because of a signal to the command that the attachment belongs to.
+        #[serde(default)]
+        interrupted: bool,
     },
     /// Stream recorded events, then [`Answer::Done`].
     Events {
@@ -294,7 +297,10 @@ mod tests {
             },
             Request::Pause {},
             Request::Resume {},
-            Request::Recover { force: true },
+            Request::Recover {
+                force: true,
+                interrupted: true,
+            },
             Request::Events {
                 follow: true,
                 since: Some(4),
@@ -378,7 +384,10 @@ mod tests {
         );
         assert_eq!(
             Request::from_line(br#"{"v":1,"request":"recover"}"#).unwrap(),
-            Request::Recover { force: false }
+            Request::Recover {
+                force: false,
+                interrupted: false
+            }
         );
     }
 

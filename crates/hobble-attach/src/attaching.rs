@@ -556,13 +556,17 @@ impl Engine {
             stand_ins.disown_all(hook);
         }
         report.map_err(|failed| {
-            let rolled_back = failed.rolled_back;
+            let (rolled_back, is_late) = (failed.rolled_back, failed.is_late());
             for undo in &failed.undo {
                 tracing::error!(error = chain(undo), "undoing the exchange");
             }
             let error = AttachError::new(Step::Graft, "the target's files could not be exchanged")
-                .because(failed)
-                .hinting("a longer --max-pause may help");
+                .because(failed);
+            let error = if is_late {
+                error.hinting("a longer --max-pause may help")
+            } else {
+                error
+            };
             if rolled_back {
                 error
             } else {

@@ -227,7 +227,23 @@ impl Client {
     /// # Errors
     /// When recovery failed or was refused (`force` overrides what may be overridden).
     pub fn recover(&mut self, force: bool) -> Result<Vec<NotCovered>, AttachError> {
-        match self.ask(&Request::Recover { force })? {
+        self.ask_to_recover(force, false)
+    }
+
+    /// As [`Client::recover`] without force, because of a signal to the command that the attachment belongs to.
+    ///
+    /// # Errors
+    /// When recovery failed.
+    pub fn interrupt(&mut self) -> Result<Vec<NotCovered>, AttachError> {
+        self.ask_to_recover(false, true)
+    }
+
+    fn ask_to_recover(
+        &mut self,
+        force: bool,
+        interrupted: bool,
+    ) -> Result<Vec<NotCovered>, AttachError> {
+        match self.ask(&Request::Recover { force, interrupted })? {
             Answer::Recovered { left } => Ok(left),
             other => Err(unexpected(&other)),
         }

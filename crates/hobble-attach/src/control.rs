@@ -201,8 +201,8 @@ fn answer(stream: &UnixStream, front: &Front, request: Request) -> io::Result<Re
         },
         Request::Pause {} => Command::Pause { answer: sender },
         Request::Resume {} => Command::Resume { answer: sender },
-        Request::Recover { force } => Command::Recover {
-            why: Why::User,
+        Request::Recover { force, interrupted } => Command::Recover {
+            why: if interrupted { Why::Signal } else { Why::User },
             force,
             answer: Some(sender),
         },

@@ -347,10 +347,13 @@ impl Engine {
         drop(stopped);
         applied.map(drop).map_err(|failed| {
             tracing::debug!(error = chain(&failed), "reopening");
-            let rolled_back = failed.rolled_back;
-            let error = AttachError::new(step, "open files could not be exchanged")
-                .because(failed)
-                .hinting("a longer --max-pause may help");
+            let (rolled_back, is_late) = (failed.rolled_back, failed.is_late());
+            let error = AttachError::new(step, "open files could not be exchanged").because(failed);
+            let error = if is_late {
+                error.hinting("a longer --max-pause may help")
+            } else {
+                error
+            };
             if rolled_back {
                 error
             } else {

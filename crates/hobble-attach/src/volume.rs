@@ -62,6 +62,10 @@ const SYSTEM: &[&[u8]] = &[
     b"/lib", b"/lib64",
 ];
 
+fn is_system(absolute: &[u8]) -> bool {
+    absolute.is_empty() || SYSTEM.contains(&absolute)
+}
+
 /// A resolved volume; cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Volume {
@@ -185,7 +189,7 @@ impl Volume {
         let inner = &*self.inner;
         let name = self.display();
         let fs_type = inner.info.fs_type.to_string_lossy().into_owned();
-        if SYSTEM.contains(&inner.absolute.as_slice()) || inner.absolute.is_empty() {
+        if is_system(&inner.absolute) {
             object(
                 "system_directory",
                 format!("{name} is a directory of the system, not of a program's data"),
@@ -236,9 +240,10 @@ impl Volume {
                 format!(
                     "{name} is not the root of a mount: rename(2) and link(2) across its edge fail with EXDEV, and the directory itself cannot be renamed or removed while attached"
                 ),
-                Some(&format!(
-                    "hook {mount_point} and filter by path to avoid that"
-                )),
+                // Not what would be refused.
+                (!is_system(inner.info.mount_point.as_os_str().as_bytes()))
+                    .then(|| format!("hook {mount_point} and filter by path to avoid that"))
+                    .as_deref(),
                 false,
             );
         }

@@ -157,7 +157,7 @@ pub(crate) struct Exec {
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) seed: Option<u64>,
     /// The command and its arguments
-    #[arg(value_name = "COMMAND", required = true, trailing_var_arg = true, allow_hyphen_values = true, value_hint = ValueHint::CommandWithArguments)]
+    #[arg(value_name = "COMMAND", required = true, trailing_var_arg = true, value_hint = ValueHint::CommandWithArguments)]
     pub(crate) command: Vec<OsString>,
 }
 
@@ -436,6 +436,10 @@ mod tests {
         assert!(!cli.global.json);
         let cli = Cli::try_parse_from(["hobble", "exec", "--path", "/d", "ls", "--json"]).unwrap();
         assert!(!cli.global.json);
+        // An option that `exec` does not have is no command.
+        let words = ["hobble", "exec", "--path", "/d", "--for", "1s", "--", "ls"];
+        let error = Cli::try_parse_from(words).unwrap_err();
+        assert_eq!(error.kind(), clap::error::ErrorKind::UnknownArgument);
     }
 
     #[test]

@@ -71,6 +71,10 @@ fn retrying(retrying: &Retrying) -> Vec<Line> {
 }
 
 fn preflight_warnings(preflight: &Preflight) -> Vec<Line> {
+    if preflight.verdict == Verdict::Refuse {
+        // The failure that follows says why.
+        return Vec::new();
+    }
     preflight
         .reasons
         .iter()

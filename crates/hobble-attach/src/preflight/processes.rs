@@ -191,12 +191,16 @@ pub(super) fn ourselves(own: Own, processes: &[ProcessId], volume: &Volume, reas
             None,
         );
     }
-    let open = held.descriptions().len();
+    // What it was started with, not what it opens to find all this out: that is never handed on.
+    let is_inherited = |description: &&census::Description| {
+        description.places.iter().any(|place| !place.close_on_exec)
+    };
+    let open = held.descriptions().filter(is_inherited).count();
     if open > 0 {
         reasons.degrade(
             "own_descriptors",
             format!(
-                "this command itself has {open} files of {name} open, its output perhaps: they stay native"
+                "this command itself has files of {name} open ({open}), its output perhaps: they stay native"
             ),
             None,
         );

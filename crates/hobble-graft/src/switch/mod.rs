@@ -216,6 +216,16 @@ pub struct SwitchFailed {
     pub undo: Vec<SwitchError>,
 }
 
+impl SwitchFailed {
+    /// Whether more time may have helped.
+    pub fn is_late(&self) -> bool {
+        matches!(
+            self.error,
+            SwitchError::Late { .. } | SwitchError::Remote(RemoteError::Late { .. })
+        )
+    }
+}
+
 /// Something that stays with the old file although a replacement was given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]

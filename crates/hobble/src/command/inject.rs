@@ -173,13 +173,13 @@ impl Foreground<'_> {
     fn say_how_to_end(&self, out: &mut Out) {
         let id = self.session.id();
         let end = match self.options.lifetime {
-            Lifetime::For(time) => format!("recovers in {}", human_duration(time)),
-            Lifetime::Forever => "never recovers by itself".to_owned(),
+            Lifetime::For(time) => format!("recovers in {}, or", human_duration(time)),
+            Lifetime::Forever => "recovers only".to_owned(),
         };
         if self.options.detach {
-            out.note("note:", &format!("{end}, or by `hobble recover {id}`"));
+            out.note("note:", &format!("{end} by `hobble recover {id}`"));
         } else {
-            out.note("note:", &format!("{end}, or by Ctrl-C"));
+            out.note("note:", &format!("{end} by Ctrl-C"));
         }
     }
 
@@ -210,7 +210,7 @@ impl Foreground<'_> {
             .name("recover".to_owned())
             .spawn(move || {
                 // Nobody listens any more when the events told the end first.
-                let _ = sender.send(client.and_then(|mut client| client.recover(false).map(drop)));
+                let _ = sender.send(client.and_then(|mut client| client.interrupt().map(drop)));
             })
             .map_err(|error| {
                 Fail::failed(error)
