@@ -285,7 +285,7 @@ fn from_within(scope: &str) -> Result<()> {
                 ("own_ancestor", [pid.as_str(), "(sh)"]),
                 ("own_directory", [text(volume.path())?, "native"]),
                 // Its output, and what it has inherited.
-                ("own_descriptors", ["2 files", "native"]),
+                ("own_descriptors", ["(2)", "native"]),
             ] {
                 let told = reason(preflight, code).with_context(|| preflight.to_string())?;
                 for word in words {
