@@ -14,7 +14,7 @@ use hobble_graft::census::{self, Census, SpaceId};
 use hobble_graft::ids::{Pid, ProcessId};
 use hobble_graft::proc::tree;
 use hobble_graft::stop::{Deadline, StopError, Stopped, Tracer};
-use hobble_graft::switch::{NotMoved, Report};
+use hobble_graft::switch::{NotMoved, Report, SwitchFailed};
 
 use crate::engine::{Engine, Moved, called_off};
 use crate::error::{AttachError, Step};
@@ -159,6 +159,23 @@ pub(crate) fn stop_failed(step: Step, error: StopError) -> AttachError {
     match hint {
         Some(hint) => failed.hinting(hint),
         None => failed,
+    }
+}
+
+/// A failed exchange, in the words of an attachment.
+pub(crate) fn exchange_failed(step: Step, what: &str, failed: SwitchFailed) -> AttachError {
+    for undo in &failed.undo {
+        tracing::error!(error = chain(undo), "undoing the exchange");
+    }
+    let (rolled_back, is_late) = (failed.rolled_back, failed.is_late());
+    let mut error = AttachError::new(step, what).because(failed);
+    if is_late {
+        error = error.hinting("a longer --max-pause may help");
+    }
+    if rolled_back {
+        error
+    } else {
+        error.needing_recovery()
     }
 }
 
@@ -556,22 +573,11 @@ impl Engine {
             stand_ins.disown_all(hook);
         }
         report.map_err(|failed| {
-            let (rolled_back, is_late) = (failed.rolled_back, failed.is_late());
-            for undo in &failed.undo {
-                tracing::error!(error = chain(undo), "undoing the exchange");
-            }
-            let error = AttachError::new(Step::Graft, "the target's files could not be exchanged")
-                .because(failed);
-            let error = if is_late {
-                error.hinting("a longer --max-pause may help")
-            } else {
-                error
-            };
-            if rolled_back {
-                error
-            } else {
-                error.needing_recovery()
-            }
+            exchange_failed(
+                Step::Graft,
+                "the target's files could not be exchanged",
+                failed,
+            )
         })
     }
 

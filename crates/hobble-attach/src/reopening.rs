@@ -19,14 +19,13 @@ use hobble_graft::switch::{NoHandover, Switch};
 use hobble_mirror::adopt::HandleId;
 use hobble_rules::Plan;
 
-use crate::attaching::{Traced, no_hook, stop_failed, who};
+use crate::attaching::{Traced, exchange_failed, no_hook, stop_failed, who};
 use crate::bystanders::{Bystanders, Rounds};
 use crate::engine::Engine;
 use crate::error::{AttachError, Step};
 use crate::hook::Hook;
 use crate::journal::Record;
 use crate::journaling::Steps;
-use crate::preflight::chain;
 use crate::sighting;
 
 /// How often a target that could not be stopped in time is tried again.
@@ -345,21 +344,9 @@ impl Engine {
             hook.unquiesce();
         }
         drop(stopped);
-        applied.map(drop).map_err(|failed| {
-            tracing::debug!(error = chain(&failed), "reopening");
-            let (rolled_back, is_late) = (failed.rolled_back, failed.is_late());
-            let error = AttachError::new(step, "open files could not be exchanged").because(failed);
-            let error = if is_late {
-                error.hinting("a longer --max-pause may help")
-            } else {
-                error
-            };
-            if rolled_back {
-                error
-            } else {
-                error.needing_recovery()
-            }
-        })
+        applied
+            .map(drop)
+            .map_err(|failed| exchange_failed(step, "open files could not be exchanged", failed))
     }
 
     /// The zero of every rule's window.
