@@ -453,6 +453,10 @@ impl Undoing<'_> {
         self.clean();
         // Before the volume is looked up again: its path leads to the hook until then.
         self.unmount(device)?;
+        if !story.may_be_placed && story.hook_dev != 0 {
+            // It was attached nowhere yet: what is open on it are stand-ins of Hobble's own, and the originals behind them are in use by the target as ever.
+            return Ok(());
+        }
         let originals = Originals::collect(story, &self.known)?;
         let mut rounds = Rounds::new(ROUNDS);
         while let Some(round) = rounds.begin() {

@@ -33,6 +33,8 @@ pub(crate) struct Story {
     /// Soft limits that may be raised still, in the order in which they were raised. A process may be in it twice: a recovery that died raised what the
     /// server had left raised.
     pub(crate) limits: Vec<RaisedLimit>,
+    /// Somebody but Hobble may be on the hook: it was about to be placed.
+    pub(crate) may_be_placed: bool,
     /// The hook was about to be placed: it may be there, and the mount around it may propagate differently.
     pub(crate) placing: Option<Around>,
 }
@@ -107,6 +109,7 @@ impl Story {
                 } => {
                     // A new try: the hook of the one before is gone.
                     story.placing = None;
+                    story.may_be_placed = false;
                     story.kept.clear();
                     story.posix.clear();
                     story.backing_dev = Some(backing_dev);
@@ -127,7 +130,10 @@ impl Story {
                     story.posix.extend(posix);
                     story.exchanging = true;
                 }
-                Record::Placing(around) => story.placing = Some(around),
+                Record::Placing(around) => {
+                    story.placing = Some(around);
+                    story.may_be_placed = true;
+                }
                 Record::Residue { who, what } => match serde_json::from_value::<Residue>(what) {
                     Ok(residue) if residue.pid == who.pid && residue.start_time == who.start => {
                         story.residues.push(residue)
@@ -171,6 +177,7 @@ impl Story {
             path: config.path.clone(),
             source: crate::hook::source(&config.id),
             hook_dev: hook.raw(),
+            may_be_placed: true,
             ..Self::default()
         }
     }
