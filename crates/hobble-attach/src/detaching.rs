@@ -144,6 +144,8 @@ impl Engine {
             }
             // Every description is given back through one more descriptor of ours.
             census.prepare_rescan(SPARE + moves);
+            // What is given back is found by descriptor.
+            census.overlook_renames();
             let budget = Duration::from_micros(self.config.max_pause_us);
             let budget = if round < PATIENT_FROM {
                 budget

@@ -503,6 +503,7 @@ pub struct Census {
     not_covered: Vec<NotCovered>,
     slots: BTreeMap<TableId, scan::Slots>,
     prepared: BTreeMap<TableId, slots::Infos>,
+    are_names_overlooked: bool,
     next: scan::Ids,
 }
 
@@ -603,6 +604,11 @@ impl Census {
             most = most.saturating_sub(infos.len());
             self.prepared.insert(table.id, infos);
         }
+    }
+
+    /// From now on a re-scan keeps the names and link counts that were seen, for who needs neither: to ask for them is a seventh of a look.
+    pub fn overlook_renames(&mut self) {
+        self.are_names_overlooked = true;
     }
 
     /// The processes that are alive, by ascending id.

@@ -205,10 +205,11 @@ fn scan_tables(
     census.tables.clear();
     let mut slots_before = std::mem::take(&mut census.slots);
     let prepared = std::mem::take(&mut census.prepared);
+    let are_names_overlooked = census.are_names_overlooked;
     for (id, members) in groups.iter_mut() {
         let before = slots_before.remove(id).unwrap_or_default();
         let slots = with_any(members, |member| {
-            let reader = TableReader::open(member, volume, prepared.get(id))?;
+            let reader = TableReader::open(member, volume, prepared.get(id), are_names_overlooked)?;
             let slots = scan_table(census, *id, &reader, &before)?;
             if reader.is_valid()? {
                 return Ok(slots);

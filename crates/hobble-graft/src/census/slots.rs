@@ -93,6 +93,7 @@ pub(super) struct TableReader<'a> {
     infos: OwnedFd,
     volume: Volume<'a>,
     prepared: Option<&'a Infos>,
+    are_names_overlooked: bool,
 }
 
 /// Files of `/proc/<pid>/task/<tid>/fdinfo` that are kept open, and through which thread: each says what its number refers to when it is read (fs/proc/fd.c,
@@ -134,6 +135,7 @@ impl<'a> TableReader<'a> {
         member: Member,
         volume: Volume<'a>,
         prepared: Option<&'a Infos>,
+        are_names_overlooked: bool,
     ) -> Result<Self, CensusError> {
         let Member { pid, tid } = member;
         let open = |name: &str| {
@@ -167,6 +169,7 @@ impl<'a> TableReader<'a> {
             infos,
             volume,
             prepared: prepared.filter(|infos| infos.member == member),
+            are_names_overlooked,
         })
     }
 
@@ -350,6 +353,9 @@ impl Looker<'_, '_> {
         before: Stamp,
     ) -> Result<Found, Miss> {
         let state = self.state(fd, name, kept)?;
+        if self.table.are_names_overlooked {
+            return Ok(Found::Same(Some(state), None));
+        }
         let attributes = facts::of_descriptor(kept).map_err(|e| self.miss(fd, e))?;
         let mut renamed = None;
         if attributes.stamp != before {
@@ -420,8 +426,7 @@ impl Looker<'_, '_> {
 
     fn state(&mut self, fd: Fd, name: &CStr, kept: BorrowedFd<'_>) -> Result<State, Miss> {
         let info = self.info(fd, name)?;
-        let flags = rustix::fs::fcntl_getfl(kept).map_err(|e| self.miss(fd, e))?;
-        let flags = OpenFlags(flags.bits());
+        let flags = OpenFlags(info.flags & !libc::O_CLOEXEC.cast_unsigned());
         // fcntl(2) on an O_PATH descriptor knows neither command.
         let (owner, signal) = if flags.is_path_only() {
             (None, 0)

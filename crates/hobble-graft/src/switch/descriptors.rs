@@ -46,7 +46,7 @@ impl<'a> Item<'a> {
 }
 
 /// Puts replacements in place, or on the way back, what was there before where it may be missing. `message` bounds how many
-/// descriptions are under way at once. Replacements that are slow to close are received in place, if `numbers` tells where that is.
+/// descriptions are under way at once. Received in place if `numbers` tells where that is, and what is replaced is closed fast.
 ///
 /// What remains if we die in here: each descriptor refers to one file or the other; nothing else.
 pub(super) fn place(
