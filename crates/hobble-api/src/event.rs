@@ -77,6 +77,8 @@ pub enum EventKind {
     Resumed {},
     /// What the rules in force do not see of the target has changed.
     NotCovered(Uncovered),
+    /// The server was killed and another has taken over, with every file, lock and request: no operation of the target has failed for it.
+    TakenOver(TakenOver),
     /// Recovery has begun; no fault happens from now on.
     Recovering {
         /// What caused it.
@@ -106,6 +108,7 @@ impl EventKind {
             EventKind::Paused {} => "paused",
             EventKind::Resumed {} => "resumed",
             EventKind::NotCovered(_) => "not_covered",
+            EventKind::TakenOver(_) => "taken_over",
             EventKind::Recovering { .. } => "recovering",
             EventKind::Retrying(_) => "retrying",
             EventKind::Recovered(_) => "recovered",
@@ -163,6 +166,17 @@ pub struct Rules {
     pub seed: u64,
     /// Names of the rules, in the order in which they are asked; empty with `--no-rules`.
     pub rules: Vec<String>,
+}
+
+/// Another server has taken over.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct TakenOver {
+    /// The process that serves now.
+    pub server_pid: u32,
+    /// Whether the experiment goes on; else the target is recovered now.
+    pub goes_on: bool,
+    /// How long nobody served after the death was noticed, in microseconds.
+    pub gap_us: u64,
 }
 
 /// What the rules in force do not see of the target, besides what `attached` told.
@@ -311,6 +325,7 @@ impl Known {
             "updated" => EventKind::Updated(Deserialize::deserialize(value)?),
             "paused" => EventKind::Paused {},
             "resumed" => EventKind::Resumed {},
+            "taken_over" => EventKind::TakenOver(Deserialize::deserialize(value)?),
             "not_covered" => EventKind::NotCovered(Deserialize::deserialize(value)?),
             "recovering" => EventKind::Recovering {
                 why: Recovering::deserialize(value)?.why,

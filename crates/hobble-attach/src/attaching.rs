@@ -289,6 +289,7 @@ impl Engine {
             std::sync::Arc::clone(&self.ledger),
             std::sync::Arc::clone(&self.served),
             self.to_myself.clone(),
+            self.legacy.clone(),
         )?;
         self.record(&Record::Attachment {
             target: who(target),

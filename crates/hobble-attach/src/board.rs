@@ -43,6 +43,26 @@ impl Board {
         }
     }
 
+    /// The board of an attachment whose server has died.
+    pub(crate) fn going_on(status: Status, events: Vec<Event>, next: u64) -> Self {
+        Self {
+            state: Mutex::new(State {
+                status,
+                events: events.into(),
+                next,
+                closed: false,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// The last events, at most so many, and the number of the next.
+    pub(crate) fn last_events(&self, most: usize) -> (Vec<Event>, u64) {
+        let state = self.lock();
+        let first = state.events.len().saturating_sub(most);
+        (state.events.iter().skip(first).cloned().collect(), state.next)
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -20,6 +20,7 @@ const READ_WITHIN: Duration = Duration::from_secs(40);
 /// A connection to the server of one attachment.
 #[derive(Debug)]
 pub struct Client {
+    socket: PathBuf,
     id: String,
     stream: UnixStream,
     lines: LineBuffer,
@@ -102,6 +103,7 @@ impl Client {
             )
         })?;
         Ok(Self {
+            socket: socket.clone(),
             id: id.to_owned(),
             stream,
             lines: LineBuffer::new(),
@@ -258,6 +260,8 @@ impl Client {
         Ok(Events {
             client: self,
             ended: false,
+            follow,
+            next: since,
         })
     }
 }
@@ -300,13 +304,20 @@ fn unexpected(answer: &Answer) -> AttachError {
 pub struct Events {
     client: Client,
     ended: bool,
+    follow: bool,
+    /// The number of the next event, once one has come.
+    next: Option<u64>,
 }
 
+/// How long a server gets to take over from one that has died, before its followers give up.
+const TAKEN_OVER_WITHIN: Duration = Duration::from_secs(10);
+
 impl Events {
-    /// The next event; `Ok(None)` when none came within `timeout` or, see [`Events::ended`], none will come.
+    /// The next event; `Ok(None)` when none came within `timeout` or, see [`Events::ended`], none will come. A follower whose server dies goes on with the one that takes
+    /// over.
     ///
     /// # Errors
-    /// When the connection breaks before the stream's end.
+    /// When the connection breaks before the stream's end, and nobody takes over.
     pub fn next(&mut self, timeout: Duration) -> Result<Option<Event>, AttachError> {
         if self.ended {
             return Ok(None);
@@ -316,8 +327,18 @@ impl Events {
             .stream
             .set_read_timeout(Some(timeout))
             .map_err(|error| self.client.lost(error))?;
-        match self.client.receive()? {
-            Some(Response::Event(event)) => Ok(Some(*event)),
+        let received = match self.client.receive() {
+            Err(lost) if self.follow && self.take_up() => {
+                tracing::debug!(error = %lost, "following another server");
+                return Ok(None);
+            }
+            received => received?,
+        };
+        match received {
+            Some(Response::Event(event)) => {
+                self.next = event.seq.map(|seq| seq + 1).or(self.next);
+                Ok(Some(*event))
+            }
             Some(Response::Ok(_)) => {
                 self.ended = true;
                 Ok(None)
@@ -325,6 +346,25 @@ impl Events {
             Some(Response::Err(problem)) => Err(refused(problem)),
             None => Ok(None),
         }
+    }
+
+    /// Connects to the server that has taken over from a dead one, if there is one.
+    fn take_up(&mut self) -> bool {
+        let until = std::time::Instant::now() + TAKEN_OVER_WITHIN;
+        // The attachment's directory goes when it is over.
+        while self.client.socket.parent().is_some_and(Path::exists)
+            && std::time::Instant::now() < until
+        {
+            let again = Client::connect(&self.client.id, &self.client.socket)
+                .and_then(|client| client.events(true, self.next));
+            if let Ok(events) = again {
+                *self = events;
+                return true;
+            }
+            // Nothing announces a socket.
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        false
     }
 
     /// Whether the stream has come to its end.

@@ -18,6 +18,7 @@ use hobble_api::event::{Attached, EventKind, Progress, Recovered, Retrying, Rule
 use hobble_api::status::{NotCovered, Phase, Reason, RuleCounts, Scope};
 use hobble_graft::census::{FsId, SpaceId};
 use hobble_graft::ids::{Pid, ProcessId};
+use hobble_mirror::Legacy;
 use hobble_rules::spec::Document;
 use hobble_rules::{Experiment, Plan};
 
@@ -56,11 +57,11 @@ pub(crate) struct Engine {
     pub(crate) targets: Arc<TargetSet>,
     pub(crate) hook: Option<Hook>,
     pub(crate) served: Served,
-    plan: PlanSlot,
-    paused: bool,
+    pub(crate) plan: PlanSlot,
+    pub(crate) paused: bool,
     /// When rules were first turned on: the zero of every rule's window.
     pub(crate) began: Option<Instant>,
-    deadline: Option<Instant>,
+    pub(crate) deadline: Option<Instant>,
     /// What the mirror asks now.
     pub(crate) in_force: Option<Arc<Plan>>,
     /// Mappings and directories that an exchange has left native for good.
@@ -73,7 +74,15 @@ pub(crate) struct Engine {
     /// Open files that have come under a rule and wait to be opened anew.
     pub(crate) misfits: Misfits,
     /// A recovery has begun: rules stay off.
-    ending: bool,
+    pub(crate) ending: bool,
+    /// Where a successor finds what it must know.
+    pub(crate) legacy: Option<Legacy>,
+    /// The rules as they were last given.
+    pub(crate) document: Option<serde_json::Value>,
+    /// Our end of the session's lifeline.
+    pub(crate) lifeline: Option<std::os::fd::RawFd>,
+    /// What the legacy was last told.
+    pub(crate) noted: Vec<u8>,
     commands: Receiver<Command>,
     /// Commands that came while something else was done, in order.
     waiting: VecDeque<Command>,
@@ -155,6 +164,8 @@ impl Engine {
         board: Arc<Board>,
         commands: Receiver<Command>,
         to_myself: Sender<Command>,
+        legacy: Option<Legacy>,
+        known: Vec<ProcessId>,
     ) -> Self {
         let own = config.own();
         let root = Pid::new(config.pid).map(|pid| ProcessId {
@@ -164,10 +175,20 @@ impl Engine {
         let targets = match config.scope {
             Scope::Namespace => TargetSet::everyone(own.within_reach_of(config.pid)),
             Scope::Tree => TargetSet::tree(own, || {
-                root.map_or_else(Vec::new, |root| crate::attaching::tree_of(root, own))
+                let mut all = known;
+                all.extend(
+                    root.into_iter()
+                        .flat_map(|root| crate::attaching::tree_of(root, own)),
+                );
+                all.retain(|process| process.is_alive().unwrap_or(true));
+                all
             }),
         };
         Self {
+            legacy,
+            document: config.document.clone(),
+            lifeline: None,
+            noted: Vec::new(),
             config,
             journal,
             ledger: Arc::new(ledger),
@@ -246,8 +267,14 @@ impl Engine {
                 failure_code(&error)
             };
         }
+        self.go_on()
+    }
+
+    /// Serves commands until it has recovered, and tells the exit status for the holder.
+    pub(crate) fn go_on(&mut self) -> i32 {
         let mut looked = Instant::now();
         loop {
+            self.note();
             // However fast commands come, by a script or by a target that renames all the time, the deadline is looked at.
             let due = if looked.elapsed() >= LOOK_EVERY {
                 looked = Instant::now();
@@ -260,12 +287,12 @@ impl Engine {
             } else {
                 self.misfits.due_in(Instant::now())
             };
-            if misfits_due == Some(Duration::ZERO)
-                && due.is_none()
-                && let Err(error) = self.reopen_misfits()
-            {
-                self.retry(&error.needing_recovery(), true);
-                return NEEDS_RECOVERY;
+            if misfits_due == Some(Duration::ZERO) && due.is_none() {
+                self.note_busy();
+                if let Err(error) = self.reopen_misfits() {
+                    self.retry(&error.needing_recovery(), true);
+                    return NEEDS_RECOVERY;
+                }
             }
             let wait = misfits_due.map_or(LOOK_EVERY, |due| due.min(LOOK_EVERY));
             let command = match due.or_else(|| self.waiting.pop_front()) {
@@ -273,6 +300,9 @@ impl Engine {
                 // No sender goes before this does, which has one itself.
                 None => self.commands.recv_timeout(wait).ok(),
             };
+            if command.is_some() {
+                self.note_busy();
+            }
             match command {
                 None => {}
                 Some(Command::Reopen) => self.misfits.note(),
@@ -346,6 +376,15 @@ impl Engine {
                 },
             }
         }
+    }
+
+    /// Has it recover as if somebody had asked for it.
+    pub(crate) fn ask_to_recover(&mut self, why: Why) {
+        self.waiting.push_back(Command::Recover {
+            why,
+            force: false,
+            answer: None,
+        });
     }
 
     /// Tells that a recovery has failed, and when it is tried again: by us, or at once by the holder's successor.
@@ -471,13 +510,11 @@ impl Engine {
     }
 
     /// Reads and checks a document for this attachment.
-    fn check(&self, document: &serde_json::Value, step: Step) -> Result<Experiment, AttachError> {
-        let only = self.hook.as_ref().and_then(|hook| {
-            Some((
-                hook.volume().absolute().to_vec(),
-                hook.volume().only_file()?.to_vec(),
-            ))
-        });
+    pub(crate) fn check(&self, document: &serde_json::Value, step: Step) -> Result<Experiment, AttachError> {
+        let only = self
+            .hook
+            .as_ref()
+            .and_then(|hook| Some((hook.absolute().to_vec(), hook.only_file()?.to_vec())));
         match only {
             None => check_document(document, step),
             Some((directory, file)) => crate::single_file::check(document, &directory, &file, step),
@@ -516,7 +553,7 @@ impl Engine {
         Ok(())
     }
 
-    fn rule_names(&self) -> Vec<String> {
+    pub(crate) fn rule_names(&self) -> Vec<String> {
         rule_counts(&self.plan)
             .into_iter()
             .map(|rule| rule.name)
@@ -563,6 +600,7 @@ impl Engine {
             self.put_in_force(Some(Arc::clone(&plan)), Step::Update)?;
         }
         *self.plan.lock().unwrap_or_else(PoisonError::into_inner) = Some(plan);
+        self.document = Some(document.clone());
         self.board.edit(|status| status.seed = seed);
         let rules = self.rule_names();
         self.board.publish(EventKind::Updated(Rules {
@@ -602,6 +640,7 @@ impl Engine {
 
     fn recover(&mut self, why: Why, force: bool) -> Result<Vec<NotCovered>, AttachError> {
         self.ending = true;
+        self.note();
         self.board.edit(|status| status.phase = Phase::Detaching);
         self.board.publish(EventKind::Recovering { why });
         self.journal

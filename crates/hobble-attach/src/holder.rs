@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use hobble_mirror::Legacy;
 use rustix::process::{Pid, Signal, WaitOptions};
 
 use crate::session::ServeConfig;
@@ -28,6 +29,14 @@ const SIGNALS: [i32; 4] = [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT, libc::SIG
 const RECOVERY_TRIES: u32 = 5;
 /// How often is looked whether the server is dead without having ended.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// A server that lived no longer is as good as none.
+const SHORT_LIFE: Duration = Duration::from_millis(500);
+/// So many of those in a row, and the hook is undone instead.
+const SHORT_LIVES: u32 = 10;
+/// How long a server may give no sign of life: one that is stopped, or has no memory left to run in.
+const SILENCE: Duration = Duration::from_secs(10);
+/// How long after its deadline a server gets to have recovered.
+const GRACE: Duration = Duration::from_secs(60);
 /// How long a server that is ending gets to end.
 const LAST_BREATH: Duration = Duration::from_millis(150);
 
@@ -88,10 +97,19 @@ fn raise_descriptor_limit() {
 fn hold(config: ServeConfig, lifeline: UnixStream) -> i32 {
     sys::block_signals(&SIGNALS);
     let holder = rustix::process::getpid();
+    // Before the clone: it is the same memory for all of us.
+    let legacy = match Legacy::new() {
+        Ok(legacy) => Some(legacy),
+        Err(error) => {
+            tracing::warn!(%error, "no memory to share: should the server die, the hook is undone, and operations under way fail");
+            None
+        }
+    };
+    let own = crate::takeover::open_numbers();
     let mut server = match sys::clone_sharing_descriptors() {
         Ok(Side::Child) => {
             sys::unblock_signals(&SIGNALS);
-            return crate::server::run(config, lifeline, holder);
+            return crate::server::run(config, lifeline, holder, legacy);
         }
         Ok(Side::Parent(server)) => server,
         Err(error) => {
@@ -103,13 +121,15 @@ fn hold(config: ServeConfig, lifeline: UnixStream) -> i32 {
     std::mem::forget(OwnedFd::from(lifeline));
     let mut tries = 0;
     let mut told_to_end = false;
+    let mut took_over = 0;
+    let mut since = Instant::now();
     loop {
-        let role = if tries == 0 {
-            Role::Server
-        } else {
-            Role::Successor
-        };
-        let code = wait_for(server, role, &mut told_to_end);
+        let code = wait_for(server, legacy.as_ref(), &mut told_to_end);
+        if is_serving(legacy.as_ref(), server) && code != Some(NEEDS_RECOVERY) {
+            // It had taken over, or was the first: whoever comes next has all tries.
+            tries = 0;
+            took_over = if since.elapsed() < SHORT_LIFE { took_over + 1 } else { 0 };
+        }
         match code {
             Some(DONE) => return DONE,
             Some(code) => tracing::warn!(code, "the server could not put everything back"),
@@ -133,11 +153,15 @@ fn hold(config: ServeConfig, lifeline: UnixStream) -> i32 {
         if tries > 0 {
             std::thread::sleep(Duration::from_millis(200) * tries);
         }
+        // The first try only: what a server that gave up has left is not a state to go on from.
+        let may_take_over = tries == 0 && code.is_none() && took_over < SHORT_LIVES;
         tries += 1;
+        since = Instant::now();
         match sys::clone_sharing_descriptors() {
             Ok(Side::Child) => {
                 sys::unblock_signals(&SIGNALS);
-                return crate::recover::successor(&config, holder);
+                let legacy = legacy.filter(|_| may_take_over);
+                return crate::takeover::successor(&config, holder, legacy, &own);
             }
             Ok(Side::Parent(successor)) => server = successor,
             Err(error) => tracing::error!(%error, "no successor can be cloned"),
@@ -145,23 +169,24 @@ fn hold(config: ServeConfig, lifeline: UnixStream) -> i32 {
     }
 }
 
-/// What a process that was cloned from the holder does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Role {
-    Server,
-    Successor,
+/// Whether a process that was cloned from the holder serves the hook, and is not undoing it.
+fn is_serving(legacy: Option<&Legacy>, process: i32) -> bool {
+    legacy.is_none_or(|legacy| legacy.server() == process.unsigned_abs())
 }
 
-/// Waits for the end of the server or of its successor: `None` when a signal killed it. A server gets the holder's signals, which ask it to recover. A successor is
-/// recovering, which a signal would only cut in two; that SIGTERM came, and to nobody that could act on it, is remembered in `told_to_end`.
+/// Waits for the end of the server or of its successor: `None` when a signal killed it. Who serves gets the holder's signals, which ask it to recover. Who undoes
+/// is recovering, which a signal would only cut in two; that SIGTERM came, and to nobody that could act on it, is remembered in `told_to_end`.
+///
+/// Who serves and gives no sign of life for [`SILENCE`], or has not ended long after its deadline, is killed.
 ///
 /// A server that was killed while one of its own threads waits for an answer from itself never ends, and nobody hears of its death: it is looked for.
-fn wait_for(server: i32, role: Role, told_to_end: &mut bool) -> Option<i32> {
+fn wait_for(server: i32, legacy: Option<&Legacy>, told_to_end: &mut bool) -> Option<i32> {
     let pid = Pid::from_raw(server)?;
     let process = hobble_graft::ids::Pid::new(server)
         .and_then(|pid| hobble_graft::ids::ProcessId::of(pid).ok());
     let is_ending = || process.is_some_and(|process| process.is_ending().unwrap_or(false));
     let mut ending: Option<Instant> = None;
+    let mut watch = Watch::new();
     loop {
         match rustix::process::waitpid(Some(pid), WaitOptions::NOHANG) {
             Ok(Some((_, status))) if status.exited() => return status.exit_status(),
@@ -175,9 +200,16 @@ fn wait_for(server: i32, role: Role, told_to_end: &mut bool) -> Option<i32> {
         if ending.is_none() && is_ending() {
             ending = Some(Instant::now());
         }
+        if ending.is_none()
+            && is_serving(legacy, server)
+            && let Some(why) = legacy.and_then(|legacy| watch.look(legacy))
+        {
+            tracing::error!(server, why, "the server is killed, so that another can take over");
+            let _ = rustix::process::kill_process(pid, Signal::KILL);
+        }
         match sys::wait_signal(&SIGNALS, LOOK_EVERY) {
             Some(signal) if signal != libc::SIGCHLD => {
-                if role == Role::Successor || is_ending() {
+                if !is_serving(legacy, server) || is_ending() {
                     *told_to_end |= signal == libc::SIGTERM;
                 } else if let Some(signal) = Signal::from_named_raw(signal) {
                     let _ = rustix::process::kill_process(pid, signal);
@@ -185,6 +217,46 @@ fn wait_for(server: i32, role: Role, told_to_end: &mut bool) -> Option<i32> {
             }
             _ => {}
         }
+    }
+}
+
+/// Looks after a server that may hang.
+struct Watch {
+    beats: u64,
+    heard: Instant,
+    is_told: bool,
+}
+
+impl Watch {
+    fn new() -> Self {
+        Self {
+            beats: 0,
+            heard: Instant::now(),
+            is_told: false,
+        }
+    }
+
+    /// Why the server is to be killed, if it is; said once.
+    fn look(&mut self, legacy: &Legacy) -> Option<&'static str> {
+        let beats = legacy.beats();
+        // Before its first sign of life it is still starting, which has its own bounds.
+        if beats != self.beats || beats == 0 {
+            self.beats = beats;
+            self.heard = Instant::now();
+        }
+        let deadline = legacy.deadline();
+        let grace = u64::try_from(GRACE.as_millis()).unwrap_or(u64::MAX);
+        let is_overdue =
+            deadline > 0 && crate::takeover::boot_time() > deadline.saturating_add(grace);
+        let why = if self.heard.elapsed() > SILENCE {
+            "it gives no sign of life"
+        } else if is_overdue {
+            "it has not recovered when it was to"
+        } else {
+            return None;
+        };
+        // A dead one is seen to be so; to kill it again would change nothing.
+        (!std::mem::replace(&mut self.is_told, true)).then_some(why)
     }
 }
 

@@ -4,8 +4,8 @@
 //! [`Hook::arm`] and nobody after [`Hook::disarm`]; what is kept of the target stays open as long as the hook lives. If we die, mount and connection stay with the
 //! holder's descriptors.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
@@ -16,12 +16,15 @@ use hobble_api::status::NotCovered;
 use hobble_fuse::mount::{self, MountOptions};
 use hobble_fuse::{Features, Server, Service, Tid};
 use hobble_graft::census::{Description, Directory, FileFacts, MappedFile};
-use hobble_graft::ids::Device;
+use hobble_graft::ids::{Device, ProcessId};
+use hobble_graft::proc::tree::MountNamespaceId;
 use hobble_graft::proc::locks::{LockClass, LockKind};
 use hobble_graft::stop::Deadline;
 use hobble_mirror::adopt::{AdoptedId, Adoption, HandleId};
 use hobble_mirror::locks::{self, LockRange, RangeLock};
-use hobble_mirror::{Caching, CallerFacts, Callers, Config, Everybody, Mirror, PlanChange};
+use hobble_mirror::{
+    Caching, CallerFacts, Callers, Config, Everybody, Legacy, Mirror, PlanChange,
+};
 use hobble_rules::Plan;
 
 use crate::control::Command;
@@ -32,6 +35,8 @@ use crate::scope::TargetSet;
 use crate::volume::{self, Volume};
 use hobble_graft::mounts::{Covering, MountsError, PropagationRecord};
 
+/// Other users of the volume rely on each other's changes at once, in their lock protocols above all.
+const CACHING: Caching = Caching::NONE;
 /// How often it is looked whether the mount is still where it was placed.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How long delayed operations get to be carried out once they have been released.
@@ -102,10 +107,37 @@ pub(crate) struct Hook {
     unremoved: bool,
     leftovers: Vec<NotCovered>,
     source: String,
-    volume: Volume,
+    ground: Ground,
     looked: Instant,
     lost: bool,
     served: Served,
+}
+
+/// What the hook lies on.
+enum Ground {
+    /// The volume as it was found.
+    Volume(Volume),
+    /// What a dead server has left of it.
+    Inherited(Inherited),
+}
+
+/// A hook that a dead server has left: where it lies, and how the mount around it is to propagate when it has gone.
+#[derive(Debug, Clone)]
+pub(crate) struct Inherited {
+    pub(crate) device: Device,
+    pub(crate) target: Option<ProcessId>,
+    pub(crate) path: PathBuf,
+    pub(crate) namespace: MountNamespaceId,
+    pub(crate) around: Option<PropagationRecord>,
+    pub(crate) ground: GroundNote,
+}
+
+/// Names of a volume, for a successor.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct GroundNote {
+    pub(crate) absolute: Vec<u8>,
+    pub(crate) printed: Vec<u8>,
+    pub(crate) only_file: Option<Vec<u8>>,
 }
 
 impl Drop for Hook {
@@ -203,6 +235,7 @@ impl Hook {
         ledger: Arc<Ledger>,
         served: Served,
         engine: Sender<Command>,
+        legacy: Option<Legacy>,
     ) -> Result<Self, AttachError> {
         let failed = |what: &str| {
             let what = what.to_owned();
@@ -231,9 +264,9 @@ impl Hook {
             root: volume.clone_tree()?,
             native: Some(volume.native()?),
             volume: volume.absolute().to_vec(),
-            // Other users of the volume rely on each other's changes at once, in their lock protocols above all.
-            caching: Caching::NONE,
+            caching: CACHING,
             passthrough: mask.contains(Features::PASSTHROUGH),
+            legacy,
         };
         let mirror = Mirror::new(config, Arc::new(audience))
             .map_err(|error| failed("make the mirror")(error.into()))?;
@@ -262,11 +295,120 @@ impl Hook {
             unremoved: false,
             leftovers: Vec::new(),
             source: source(id),
-            volume: volume.clone(),
+            ground: Ground::Volume(volume.clone()),
             looked: Instant::now(),
             lost: false,
             served,
         })
+    }
+
+    /// Goes on serving the hook of a server that has died: what it had taken and not answered is handed out again. Gives the numbers of its descriptors that are in use.
+    ///
+    /// When this fails the hook is as it was, but for descriptors that only the dead server had a use for.
+    pub(crate) fn take_over(
+        inherited: Inherited,
+        id: &str,
+        targets: Arc<TargetSet>,
+        ledger: Arc<Ledger>,
+        served: Served,
+        engine: Sender<Command>,
+        legacy: &Legacy,
+    ) -> Result<(Self, HashSet<RawFd>), AttachError> {
+        let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
+            AttachError::new(Step::Serve, "the hook cannot be taken over").because(error)
+        };
+        let armed = Arc::new(AtomicBool::new(false));
+        let misfits = Arc::new(AtomicBool::new(false));
+        let audience = Audience {
+            targets,
+            armed: Arc::clone(&armed),
+            ledger,
+            misfits: Arc::clone(&misfits),
+            engine,
+        };
+        let (mirror, estate) = Mirror::resume(legacy, Arc::new(audience), CACHING)
+            .map_err(|error| failed(error.into()))?;
+        let serving = hobble_fuse::Config {
+            features: Mirror::features(),
+            mask: mask()?,
+            max_stack_depth: estate.negotiated.max_stack_depth,
+            ..hobble_fuse::Config::default()
+        };
+        let hobble_mirror::Inherited {
+            device,
+            negotiated,
+            numbers,
+        } = estate;
+        let server = Server::resume(device, Arc::new(mirror.clone()), &serving, negotiated);
+        let server = match server {
+            Ok(server) => server,
+            Err(error) => {
+                // What undoes the hook instead needs the originals of the programs' files where they are.
+                std::mem::forget(mirror);
+                return Err(failed(error.into()));
+            }
+        };
+        if let Err(errno) = server.kernel().resend() {
+            std::mem::forget((mirror, server));
+            return Err(failed(errno.into()));
+        }
+        *served.lock().unwrap_or_else(PoisonError::into_inner) = Some(mirror.clone());
+        let hook = Self {
+            server,
+            mirror,
+            mount: None,
+            device: inherited.device,
+            armed,
+            misfits,
+            placed: None,
+            was_placed: true,
+            unremoved: true,
+            leftovers: Vec::new(),
+            source: source(id),
+            ground: Ground::Inherited(inherited),
+            looked: Instant::now(),
+            lost: false,
+            served,
+        };
+        Ok((hook, numbers))
+    }
+
+    /// The names of what it lies on, for a successor.
+    pub(crate) fn ground(&self) -> GroundNote {
+        match &self.ground {
+            Ground::Volume(volume) => GroundNote {
+                absolute: volume.absolute().to_vec(),
+                printed: volume.printed().to_vec(),
+                only_file: volume.only_file().map(<[u8]>::to_vec),
+            },
+            Ground::Inherited(inherited) => inherited.ground.clone(),
+        }
+    }
+
+    /// The volume's path as the target sees it.
+    pub(crate) fn absolute(&self) -> &[u8] {
+        match &self.ground {
+            Ground::Volume(volume) => volume.absolute(),
+            Ground::Inherited(inherited) => &inherited.ground.absolute,
+        }
+    }
+
+    /// The name of the only file that rules are for.
+    pub(crate) fn only_file(&self) -> Option<&[u8]> {
+        match &self.ground {
+            Ground::Volume(volume) => volume.only_file(),
+            Ground::Inherited(inherited) => inherited.ground.only_file.as_deref(),
+        }
+    }
+
+    /// A path below the volume, of one that `/proc` shows.
+    pub(crate) fn relative(&self, path: &std::path::Path) -> Vec<u8> {
+        match &self.ground {
+            Ground::Volume(volume) => volume.relative(path),
+            Ground::Inherited(inherited) => volume::below(&inherited.ground.printed, path)
+                .or_else(|| volume::below(b"/", path))
+                .unwrap_or_default(),
+        }
     }
 
     pub(crate) fn device(&self) -> Device {
@@ -275,10 +417,6 @@ impl Hook {
 
     pub(crate) fn mirror(&self) -> &Mirror {
         &self.mirror
-    }
-
-    pub(crate) fn volume(&self) -> &Volume {
-        &self.volume
     }
 
     pub(crate) fn is_placed(&self) -> bool {
@@ -359,7 +497,7 @@ impl Hook {
 
     fn adoption(&self, facts: &FileFacts, pid: u32, ofd_locks: Vec<RangeLock>) -> Adoption {
         Adoption {
-            path: self.volume.relative(&facts.path),
+            path: self.relative(&facts.path),
             deleted: facts.is_deleted,
             tmpfile: facts.is_nameless,
             ofd_locks,
@@ -418,7 +556,10 @@ impl Hook {
         let mount = self
             .mount()
             .map_err(|error| AttachError::io(Step::Mount, "place the hook", error))?;
-        let placed = self.volume.place(mount, record);
+        let Ground::Volume(volume) = &self.ground else {
+            return Err(AttachError::new(Step::Mount, "the hook was placed by another server"));
+        };
+        let placed = volume.place(mount, record);
         self.was_placed = true;
         self.placed = Some(placed?);
         Ok(())
@@ -445,6 +586,9 @@ impl Hook {
         // Sandboxes made while attached have copies of their own; and what could not be taken off where it was placed is looked for as if it were one.
         self.leftovers = volume::remove_everywhere(self.device, &self.source)?;
         self.unremoved = taken.is_err();
+        if let Ground::Inherited(inherited) = &self.ground {
+            inherited.restore_propagation();
+        }
         taken
     }
 
@@ -466,17 +610,23 @@ impl Hook {
     pub(crate) fn is_lost(&mut self) -> bool {
         if self.looked.elapsed() >= LOOK_EVERY {
             self.looked = Instant::now();
-            self.lost = self
-                .placed
-                .as_ref()
-                .is_some_and(|placed| !Volume::is_in_place(placed));
+            self.lost = match (&self.placed, &self.ground) {
+                (Some(placed), _) => !Volume::is_in_place(placed),
+                (None, Ground::Inherited(_)) => {
+                    self.unremoved && !volume::is_sighted(self.device, &self.source)
+                }
+                (None, Ground::Volume(_)) => false,
+            };
         }
         self.lost
     }
 
     /// Whether any process but our own is left in the target's mount namespace.
     pub(crate) fn namespace_is_inhabited(&self, own: Own) -> bool {
-        self.volume.is_inhabited(own)
+        match &self.ground {
+            Ground::Volume(volume) => volume.is_inhabited(own),
+            Ground::Inherited(inherited) => volume::is_inhabited(inherited.namespace, own),
+        }
     }
 
     /// Whether the connection lives.
@@ -500,6 +650,20 @@ impl Hook {
     /// Closes our own descriptor of the mount: the kernel ends the connection when nobody else holds anything on it.
     pub(crate) fn close_mount(&mut self) {
         self.mount = None;
+    }
+}
+
+impl Inherited {
+    /// Gives the mount around the volume back how it propagated; only when the hook has gone, since the way to it leads through the hook until then.
+    fn restore_propagation(&self) {
+        let (Some(target), Some(around)) = (self.target, self.around) else {
+            return;
+        };
+        let restored = Volume::resolve(target, &self.path)
+            .and_then(|volume| volume::restore_propagation(&volume, around));
+        if let Err(error) = restored {
+            tracing::warn!(%error, cause = error.cause_chain(), "the mount around the volume may propagate differently than before");
+        }
     }
 }
 

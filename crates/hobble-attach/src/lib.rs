@@ -51,6 +51,7 @@ mod stand_ins;
 mod state_dir;
 mod story;
 mod sys;
+mod takeover;
 mod volume;
 
 pub use client::{Client, Events, only_id};
@@ -61,7 +62,7 @@ pub use hobble_api::status::Scope;
 pub use holder::serve_entry;
 pub use journal::JournalError;
 pub use list::{Listed, ids, list};
-pub use options::{DEFAULT_MAX_PAUSE, ExecOptions, InjectOptions, Lifetime};
+pub use options::{DEFAULT_MAX_PAUSE, ExecOptions, Failover, InjectOptions, Lifetime};
 pub use preflight::preflight;
 pub use recover::{Which, recover};
 pub use session::{SERVE_ARGUMENT, Session, failure, inject};

@@ -22,6 +22,17 @@ impl Default for Lifetime {
     }
 }
 
+/// What is done when the server is killed and another has taken over.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Failover {
+    /// The experiment goes on.
+    #[default]
+    Continue,
+    /// The target is recovered.
+    Recover,
+}
+
 /// The default bound on how long the target may stand still in one go.
 pub const DEFAULT_MAX_PAUSE: Duration = Duration::from_millis(250);
 
@@ -46,6 +57,8 @@ pub struct InjectOptions {
     pub state_dir: PathBuf,
     /// Keep the attachment when the session that made it goes away.
     pub detach: bool,
+    /// What to do when the server is killed.
+    pub failover: Failover,
     /// The program that is started as holder and server with `__serve` as its first argument; `None` is this very program.
     pub server_program: Option<PathBuf>,
 }
@@ -64,6 +77,7 @@ impl InjectOptions {
             max_pause: DEFAULT_MAX_PAUSE,
             state_dir: PathBuf::from(crate::DEFAULT_STATE_DIR),
             detach: false,
+            failover: Failover::default(),
             server_program: None,
         }
     }

@@ -234,7 +234,7 @@ fn outcome(result: Result<(), AttachError>, failed: i32) -> i32 {
 }
 
 /// Ends the conversations of the dead server: its sockets live on in the table that we share with the holder, and whoever is connected would wait for ever.
-fn hang_up() {
+pub(crate) fn hang_up() {
     let Ok(list) = std::fs::read_dir("/proc/self/fd") else {
         return;
     };
@@ -304,6 +304,16 @@ fn undo(
         left,
     }));
     finish(dir, story.living_holder())
+}
+
+/// Takes away what a dead server may have left in processes, where the hook is served on.
+pub(crate) fn clean_up(story: &Story, journal: &Journal) {
+    match journal.try_clone() {
+        Ok(journal) => Undoing::new(story, journal, BTreeMap::new(), None).clean(),
+        Err(error) => {
+            tracing::warn!(%error, "what a dead server left in processes stays there; it is harmless");
+        }
+    }
 }
 
 /// Undoes an attachment whose directory somebody has removed: by what its holder was told in the beginning, and what the hook itself shows.

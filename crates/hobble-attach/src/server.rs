@@ -5,6 +5,7 @@
 //! thread of this process that traces.
 
 use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use hobble_api::Timestamp;
 use hobble_api::event::{EventKind, Failed, Why};
 use hobble_api::status::{Phase, Status, TargetProcess};
+use hobble_mirror::Legacy;
 use rustix::process::Pid;
 
 use crate::board::Board;
@@ -25,6 +27,9 @@ use crate::ledger::Ledger;
 use crate::session::ServeConfig;
 use crate::state_dir::{AttachmentDir, StateDir};
 use crate::{inspect, sys};
+
+/// How often a sign of life is given.
+const PULSE: Duration = Duration::from_millis(250);
 
 const SIGNALS: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 /// How long followers get to connect and to read the last event before the process ends.
@@ -88,8 +93,8 @@ fn foreign(error: AttachError) -> crate::journal::JournalError {
     }
 }
 
-/// The whole life of the server; gives back the exit status that tells the holder what is left.
-pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32 {
+/// What a process that is going to serve does first.
+pub(crate) fn settle_in() {
     // Blocked before any thread is made, so that only the signal thread takes them.
     sys::block_signals(&SIGNALS);
     // A file size limit that this process inherited is not the target's: a write past it would end the server.
@@ -101,6 +106,16 @@ pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32
             maximum: None,
         },
     );
+}
+
+/// The whole life of the server; gives back the exit status that tells the holder what is left.
+pub(crate) fn run(
+    config: ServeConfig,
+    lifeline: UnixStream,
+    holder: Pid,
+    legacy: Option<Legacy>,
+) -> i32 {
+    settle_in();
     let dir = match StateDir::open(&config.state_dir, false)
         .and_then(|state| state.attachment(&config.id))
     {
@@ -112,6 +127,9 @@ pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32
         Err(error) => return give_up(&lifeline, &format!("{error}: {}", error.cause_chain())),
     };
     crate::fault_point::pass("journal-opened");
+    if let Some(legacy) = &legacy {
+        legacy.set_server(std::process::id());
+    }
     let board = Arc::new(Board::new(first_status(&config, holder)));
     let (engine_in, commands) = mpsc::channel();
     let mut engine = Engine::new(
@@ -121,12 +139,61 @@ pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32
         Arc::clone(&board),
         commands,
         engine_in.clone(),
+        legacy,
+        Vec::new(),
     );
+    if let Err(error) = open_front(&dir, &mut engine, &board, &engine_in)
+        .and_then(|()| watch(&config, &mut engine, &lifeline, engine_in))
+    {
+        return give_up(&lifeline, &error.to_string());
+    }
+    if (&lifeline).write_all(b"ready\n").is_err() {
+        let _ = dir.remove();
+        return DONE;
+    }
+    drop(lifeline);
+    let code = engine.live();
+    part(&dir, &board, code)
+}
+
+/// The rest of the life of a server that has taken over.
+pub(crate) fn serve_to_the_end(
+    config: &ServeConfig,
+    dir: &AttachmentDir,
+    mut engine: Engine,
+    board: &Arc<Board>,
+    engine_in: mpsc::Sender<Command>,
+    lifeline: Option<UnixStream>,
+) -> i32 {
+    // The dead server's, on which nobody listens.
+    let _ = std::fs::remove_file(dir.socket());
+    let front = open_front(dir, &mut engine, board, &engine_in);
+    let watched = match &lifeline {
+        Some(lifeline) => watch(config, &mut engine, lifeline, engine_in),
+        None => watch_signals(engine_in),
+    };
+    if let Err(error) = front.and(watched) {
+        // It serves; who cannot ask for a recovery has the deadline and the holder.
+        tracing::error!(%error, "this server cannot be asked for anything; it recovers");
+        engine.ask_to_recover(Why::LostServer);
+    }
+    drop(lifeline);
+    let code = engine.go_on();
+    part(dir, board, code)
+}
+
+/// Opens the control socket and begins to give signs of life.
+fn open_front(
+    dir: &AttachmentDir,
+    engine: &mut Engine,
+    board: &Arc<Board>,
+    engine_in: &mpsc::Sender<Command>,
+) -> std::io::Result<()> {
     let counters = engine.counters();
     let targets = engine.targets();
     let passthrough = engine.passthrough();
     let front = Front {
-        board: Arc::clone(&board),
+        board: Arc::clone(board),
         refresh: Box::new(move |status| {
             status.rules = counters();
             if let Some(passthrough) = passthrough() {
@@ -144,25 +211,34 @@ pub(crate) fn run(config: ServeConfig, lifeline: UnixStream, holder: Pid) -> i32
         }),
         engine: engine_in.clone(),
     };
-    let started = control::bind(&dir.socket())
-        .and_then(|listener| control::serve(listener, Arc::new(front)))
-        .and_then(|()| watch_signals(engine_in.clone()))
-        .and_then(|()| {
-            if config.detach {
-                Ok(())
-            } else {
-                watch_lifeline(&lifeline, engine_in)
-            }
-        });
-    if let Err(error) = started {
-        return give_up(&lifeline, &error.to_string());
+    if let Some(legacy) = engine.legacy.clone() {
+        std::thread::Builder::new()
+            .name("hobble-pulse".into())
+            .spawn(move || {
+                loop {
+                    legacy.beat();
+                    std::thread::sleep(PULSE);
+                }
+            })?;
     }
-    if (&lifeline).write_all(b"ready\n").is_err() {
-        let _ = dir.remove();
-        return DONE;
+    control::bind(&dir.socket()).and_then(|listener| control::serve(listener, Arc::new(front)))
+}
+
+fn watch(
+    config: &ServeConfig,
+    engine: &mut Engine,
+    lifeline: &UnixStream,
+    engine_in: mpsc::Sender<Command>,
+) -> std::io::Result<()> {
+    watch_signals(engine_in.clone())?;
+    if !config.detach {
+        engine.lifeline = Some(watch_lifeline(lifeline, engine_in)?);
     }
-    drop(lifeline);
-    let code = engine.live();
+    Ok(())
+}
+
+/// The end of a server.
+fn part(dir: &AttachmentDir, board: &Board, code: i32) -> i32 {
     board.close();
     let farewell = Instant::now() + FAREWELL;
     while control::is_listened_to() && Instant::now() < farewell {
@@ -208,7 +284,7 @@ fn give_up(mut lifeline: &UnixStream, problem: &str) -> i32 {
     DONE
 }
 
-fn first_status(config: &ServeConfig, holder: Pid) -> Status {
+pub(crate) fn first_status(config: &ServeConfig, holder: Pid) -> Status {
     let now = Timestamp::now();
     Status {
         id: config.id.clone(),
@@ -250,8 +326,13 @@ fn watch_signals(engine: mpsc::Sender<Command>) -> std::io::Result<()> {
         .map(drop)
 }
 
-fn watch_lifeline(lifeline: &UnixStream, engine: mpsc::Sender<Command>) -> std::io::Result<()> {
+/// Gives the number of our end of the lifeline.
+fn watch_lifeline(
+    lifeline: &UnixStream,
+    engine: mpsc::Sender<Command>,
+) -> std::io::Result<RawFd> {
     let mut lifeline = lifeline.try_clone()?;
+    let number = lifeline.as_raw_fd();
     lifeline.set_read_timeout(None)?;
     std::thread::Builder::new()
         .name("hobble-lifeline".into())
@@ -270,5 +351,5 @@ fn watch_lifeline(lifeline: &UnixStream, engine: mpsc::Sender<Command>) -> std::
                 answer: None,
             });
         })
-        .map(drop)
+        .map(|_| number)
 }

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::client::{Client, Events};
 use crate::error::{AttachError, Step};
 use crate::journal::Who;
-use crate::options::{InjectOptions, Lifetime};
+use crate::options::{Failover, InjectOptions, Lifetime};
 use crate::own::Own;
 use crate::state_dir::{AttachmentDir, StateDir};
 
@@ -48,6 +48,7 @@ pub(crate) struct ServeConfig {
     pub(crate) seed: Option<u64>,
     pub(crate) max_pause_us: u64,
     pub(crate) detach: bool,
+    pub(crate) failover: Failover,
 }
 
 impl ServeConfig {
@@ -151,6 +152,7 @@ pub fn inject(options: &InjectOptions) -> Result<Session, AttachError> {
         seed: options.seed,
         max_pause_us: u64::try_from(options.max_pause.as_micros()).unwrap_or(u64::MAX),
         detach: options.detach,
+        failover: options.failover,
     };
     let ready = start(options, &dir, &config).inspect_err(|_| {
         // Nothing of the server is left when it did not come up.

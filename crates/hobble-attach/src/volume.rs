@@ -13,6 +13,7 @@ use hobble_api::exit::ExitCode;
 use hobble_api::status::NotCovered;
 use hobble_graft::census::{FileFacts, FileKind};
 use hobble_graft::ids::{Device, ProcessId};
+use hobble_graft::proc::tree::MountNamespaceId;
 use hobble_graft::mounts::{
     self, Covering, Filesystem, Location, MountNamespace, MountsError, PropagationRecord,
 };
@@ -354,12 +355,7 @@ impl Volume {
 
     /// Whether anybody but ourselves is left in the target's mount namespace.
     pub(crate) fn is_inhabited(&self, own: Own) -> bool {
-        tree::in_mount_namespace(self.inner.namespace.id()).map_or(true, |found| {
-            found
-                .processes
-                .iter()
-                .any(|process| !own.includes(process.pid))
-        })
+        is_inhabited(self.inner.namespace.id(), own)
     }
 
     /// How deep the hook says that filesystems are stacked: one more than what is below it, as more would forbid a filesystem on top of it (kernel-hazards D).
@@ -497,6 +493,16 @@ pub(crate) fn take_off(covering: Covering) -> Result<(), AttachError> {
     covering
         .remove(WITHIN)
         .map_err(failed(Step::Recover, "take the hook away"))
+}
+
+/// Whether any process but Hobble's own is in a mount namespace.
+pub(crate) fn is_inhabited(namespace: MountNamespaceId, own: Own) -> bool {
+    tree::in_mount_namespace(namespace).map_or(true, |found| {
+        found
+            .processes
+            .iter()
+            .any(|process| !own.includes(process.pid))
+    })
 }
 
 /// The filesystem with this source, if it is mounted in the namespace of any process.

@@ -98,6 +98,21 @@ impl Kernel {
         })
     }
 
+    /// A file that a server which died has registered on this connection; the kernel keeps it registered until the connection ends.
+    #[must_use]
+    pub fn backing_adopt(&self, id: BackingId) -> Backing {
+        Backing {
+            id,
+            device: self.device.clone(),
+        }
+    }
+
+    /// The number of our descriptor of the connection.
+    #[must_use]
+    pub fn device_number(&self) -> std::os::fd::RawFd {
+        std::os::fd::AsRawFd::as_raw_fd(&std::os::fd::AsFd::as_fd(&self.device))
+    }
+
     /// Drops cached attributes of an inode and cached pages from `offset` on, for `len` bytes; `len` 0 or less means to the
     /// end, a negative `offset` means attributes only.
     pub fn inval_inode(&self, node: NodeId, offset: i64, len: i64) {

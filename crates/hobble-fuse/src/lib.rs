@@ -44,7 +44,7 @@ pub use kernel::{Backing, BackingId, Kernel};
 pub use negotiate::{Config, Negotiated};
 pub use op::{Creation, Header, Op, Protocol};
 pub use opcode::Opcode;
-pub use reply::{Delivery, Reply};
+pub use reply::{Delivery, Reply, Witness};
 pub use request::Request;
 pub use server::{Interrupt, Server, Service, StartError};
 pub use types::{

@@ -4,6 +4,7 @@
 //! a bug, so that no caller ever hangs on a forgotten reply.
 
 use std::io::IoSlice;
+use std::sync::Arc;
 use std::time::Duration;
 
 use zerocopy::IntoBytes;
@@ -27,13 +28,31 @@ pub enum Delivery {
     Gone,
 }
 
+/// Is told what a request is about to be answered: should the server die before the kernel has the answer, whoever takes over can give the same
+/// ([`Reply::repeat`]) to the request when it is handed out again.
+pub trait Witness: Send + Sync {
+    /// The answer to the request that was first handed out as `unique` is complete and about to be sent: the error (0, or negative) and the bytes.
+    fn answering(&self, unique: Unique, error: i32, parts: &[&[u8]]);
+}
+
 /// The right and the duty to answer one request. May be sent to and answered from any thread, at any time.
-#[derive(Debug)]
 pub struct Reply {
     device: Device,
     unique: Unique,
     opcode: Option<Opcode>,
     answered: bool,
+    witness: Option<Arc<dyn Witness>>,
+    /// What was asked may have been done already.
+    is_again: bool,
+}
+
+impl std::fmt::Debug for Reply {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reply")
+            .field("unique", &self.unique)
+            .field("opcode", &self.opcode)
+            .finish_non_exhaustive()
+    }
 }
 
 /// `fuse_open_out.open_flags` of an open with a backing file.
@@ -49,7 +68,34 @@ impl Reply {
             unique,
             opcode,
             answered: false,
+            witness: None,
+            is_again: false,
         }
+    }
+
+    /// Has the answer told to `witness` before it is sent.
+    #[must_use]
+    pub fn witnessed(mut self, witness: Arc<dyn Witness>) -> Self {
+        self.witness = Some(witness);
+        self
+    }
+
+    /// Says that somebody who died has begun to do what is asked, and may have done it.
+    #[must_use]
+    pub fn begun_before(mut self) -> Self {
+        self.is_again = true;
+        self
+    }
+
+    /// Whether what is asked may have been done already, by somebody who died before the answer.
+    #[must_use]
+    pub const fn may_be_done(&self) -> bool {
+        self.is_again
+    }
+
+    /// The answer that a [`Witness`] was told.
+    pub fn repeat(self, error: i32, bytes: &[u8]) -> Delivery {
+        self.send(error, &[bytes])
     }
 
     /// The request's name.
@@ -76,6 +122,9 @@ impl Reply {
     fn transmit(&self, error: i32, parts: &[&[u8]]) -> Delivery {
         if !self.wants_answer() {
             return Delivery::Delivered;
+        }
+        if let Some(witness) = &self.witness {
+            witness.answering(self.unique.original(), error, parts);
         }
         match self.device.reply(self.unique, error, parts) {
             Ok(()) => Delivery::Delivered,

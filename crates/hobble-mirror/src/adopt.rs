@@ -23,6 +23,8 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags};
 
 use crate::door::{Alias, Door, Purpose};
 use crate::handle::{Handle, SETTABLE};
+use crate::legacy::fact::{self, Fact};
+use crate::legacy::{Claims, Estate, Log};
 use crate::lock::lock;
 use crate::locks::{Class, Handover, Owner, RangeLock};
 use crate::mirror::{Inner, Mirror};
@@ -36,6 +38,12 @@ pub struct AdoptedId(u64);
 /// Names an open file of the hook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HandleId(pub(crate) Fh);
+
+impl AdoptedId {
+    pub(crate) const fn number(self) -> u64 {
+        self.0
+    }
+}
 
 impl HandleId {
     /// A number that no other open file of this hook has or had.
@@ -82,11 +90,86 @@ impl std::fmt::Debug for Node {
     }
 }
 
+impl Adopted {
+    fn fact(&self) -> Fact {
+        Fact::Adopted(fact::Adopted {
+            id: self.id.0,
+            node: self.node.id.0,
+            original: self.original.as_raw_fd(),
+            replaced: self.replaced.load(Ordering::Acquire),
+            path: self.facts.path.clone(),
+            deleted: self.facts.deleted,
+            tmpfile: self.facts.tmpfile,
+            pid: self.facts.pid,
+            above: self.above.iter().map(|node| node.0).collect(),
+        })
+    }
+}
+
 /// All moved descriptions.
 #[derive(Default)]
 pub(crate) struct Table {
     next: AtomicU64,
     adopted: Mutex<HashMap<AdoptedId, Arc<Adopted>>>,
+    log: Log,
+}
+
+impl Table {
+    pub(crate) fn new(log: Log) -> Self {
+        Self {
+            log,
+            ..Self::default()
+        }
+    }
+
+    /// The moved descriptions of a mirror that has died.
+    pub(crate) fn restore(
+        estate: &mut Estate,
+        claims: &mut Claims,
+        log: Log,
+        node: impl Fn(u64) -> Option<Arc<Node>>,
+    ) -> io::Result<Self> {
+        let table = Self::new(log);
+        table.next.store(estate.next_adopted, Ordering::Relaxed);
+        let mut adopted = HashMap::new();
+        for known in estate.adopted.values_mut() {
+            let id = AdoptedId(known.id);
+            let restored = Adopted {
+                id,
+                node: node(known.node).ok_or(io::ErrorKind::InvalidData)?,
+                original: claims.get(known.original)?,
+                replaced: AtomicBool::new(known.replaced),
+                facts: Adoption {
+                    path: std::mem::take(&mut known.path),
+                    deleted: known.deleted,
+                    tmpfile: known.tmpfile,
+                    // Registered when its stand-in was opened.
+                    ofd_locks: Vec::new(),
+                    pid: known.pid,
+                },
+                above: known.above.iter().map(|node| NodeId(*node)).collect(),
+            };
+            adopted.insert(id, Arc::new(restored));
+        }
+        *lock(&table.adopted) = adopted;
+        Ok(table)
+    }
+
+    pub(crate) fn find(&self, id: u64) -> Option<Arc<Adopted>> {
+        lock(&self.adopted).get(&AdoptedId(id)).cloned()
+    }
+
+    /// Says everything that there is to be known of them.
+    pub(crate) fn say_all(&self) {
+        for adopted in lock(&self.adopted).values() {
+            self.log.say(|| adopted.fact());
+        }
+    }
+
+    /// The number of the next one.
+    pub(crate) fn next(&self) -> u64 {
+        self.next.load(Ordering::Relaxed)
+    }
 }
 
 /// What is known about an open file of the hook.
@@ -203,7 +286,9 @@ impl Mirror {
             facts,
             above,
         };
-        lock(&inner.adopted.adopted).insert(id, Arc::new(adopted));
+        let mut known = lock(&inner.adopted.adopted);
+        inner.adopted.log.say(|| adopted.fact());
+        known.insert(id, Arc::new(adopted));
         Ok(id)
     }
 
@@ -217,7 +302,9 @@ impl Mirror {
     /// original's OFD locks alone; from then on it ends them.
     pub fn replaced(&self, id: AdoptedId) {
         if let Ok(adopted) = self.inner.adopted(id) {
+            let _known = lock(&self.inner.adopted.adopted);
             adopted.replaced.store(true, Ordering::Release);
+            self.inner.adopted.log.say(|| adopted.fact());
         }
     }
 
@@ -278,6 +365,7 @@ impl Mirror {
             if let Ok(handle) = inner.handles.get(fh) {
                 let next = inner.arrivals.load(Ordering::Acquire) + 1;
                 handle.arrives.store(next, Ordering::Release);
+                handle.say();
             }
             inner.learn_ofd_owner(&guard.door, stand_in.as_fd(), fh, Some(&adopted));
         }
@@ -343,6 +431,7 @@ impl Mirror {
         let handle = inner.handles.get(handle.0)?;
         let file = inner.handed_over(&handle)?;
         handle.given_back.store(true, Ordering::Release);
+        handle.say();
         Ok(file)
     }
 
@@ -351,11 +440,9 @@ impl Mirror {
     /// # Errors
     /// `EBADF` when the handle has gone.
     pub fn keep(&self, handle: HandleId) -> io::Result<()> {
-        self.inner
-            .handles
-            .get(handle.0)?
-            .given_back
-            .store(false, Ordering::Release);
+        let handle = self.inner.handles.get(handle.0)?;
+        handle.given_back.store(false, Ordering::Release);
+        handle.say();
         Ok(())
     }
 
@@ -384,6 +471,8 @@ impl Mirror {
         *lock(&successor.known_as) = handle.ofd_owner();
         successor.is_successor.store(true, Ordering::Release);
         *lock(&handle.successor) = Some(fh);
+        successor.say();
+        handle.say();
         Ok(again)
     }
 
@@ -393,6 +482,7 @@ impl Mirror {
         for handle in handles {
             if let Ok(handle) = self.inner.handles.get(handle.0) {
                 handle.superseded.store(on, Ordering::Release);
+                handle.say();
             }
         }
     }
@@ -444,7 +534,14 @@ impl Mirror {
 impl Inner {
     /// Forgets a moved description. Its last descriptor closes it, which drops its locks.
     pub(crate) fn disown(&self, id: AdoptedId) {
-        let adopted = lock(&self.adopted.adopted).remove(&id);
+        let adopted = {
+            let mut known = lock(&self.adopted.adopted);
+            let adopted = known.remove(&id);
+            if adopted.is_some() {
+                self.adopted.log.say(|| Fact::AdoptedGone { id: id.0 });
+            }
+            adopted
+        };
         if let Some(adopted) = adopted {
             self.callers.lets_go_of(adopted.original.as_fd());
             self.store.forget(adopted.node.id, 1);
@@ -527,6 +624,7 @@ impl Inner {
             return;
         };
         *lock(&handle.ofd_owner) = Some(owner);
+        handle.say();
         if let Some(adopted) = adopted
             && !adopted.facts.ofd_locks.is_empty()
         {

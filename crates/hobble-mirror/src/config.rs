@@ -6,6 +6,8 @@ use std::time::Duration;
 use hobble_fuse::Tid;
 use hobble_rules::Comm;
 
+use crate::legacy::Legacy;
+
 /// How to mirror.
 #[derive(Debug)]
 pub struct Config {
@@ -21,6 +23,8 @@ pub struct Config {
     pub caching: Caching,
     /// Whether reads and writes may go past the server (Linux 6.9). Where the kernel or the backing filesystem cannot, they do not, whatever is said here.
     pub passthrough: bool,
+    /// Where to write down what a successor must know ([`Mirror::resume`](crate::Mirror::resume)); made before the process was cloned from one that outlives it.
+    pub legacy: Option<Legacy>,
 }
 
 /// How long the kernel may use what it was told without asking again.

@@ -13,6 +13,7 @@ use hobble_fuse::types::OpenMode;
 use hobble_fuse::{Backing, Errno};
 use rustix::fs::OFlags;
 
+use crate::legacy::Fact;
 use crate::lock::lock;
 use crate::mirror::Inner;
 use crate::store::{Io, Node, Seen};
@@ -53,9 +54,9 @@ impl Inner {
         direct: bool,
     ) -> Chosen {
         let mut data = lock(&node.data);
-        let io = match (data.handles, data.io.take()) {
-            (1.., Some(io)) => io,
-            _ => self.register(file),
+        let (io, is_new) = match (data.handles, data.io.take()) {
+            (1.., Some(io)) => (io, false),
+            _ => (self.register(file), true),
         };
         data.handles += 1;
         let backing = match &io {
@@ -64,10 +65,13 @@ impl Inner {
         };
         let seen = data.seen.take();
         data.io = Some(io);
+        if is_new {
+            node.say_io(&data);
+        }
         drop(data);
         if backing.is_some() && flags & OFlags::ACCMODE == OFlags::RDWR {
             // The mapping outlives every handle and is seen by nobody (fuse_passthrough_mmap maps the backing file itself), so this is never taken back.
-            node.may_be_mapped.store(true, Ordering::Relaxed);
+            node.note_mapping();
         }
         let mode = if direct {
             OpenMode::DIRECT_IO | OpenMode::PARALLEL_DIRECT_WRITES
@@ -90,7 +94,10 @@ impl Inner {
             }
             // The kernel leaves the mode before it sends RELEASE (fuse_file_put, fs/fuse/file.c), so the next open may choose anew.
             if data.handles == 0 {
-                data.io.take()
+                let io = data.io.take();
+                // Before the number of the backing file may become another's.
+                node.say_io(&data);
+                io
             } else {
                 None
             }
@@ -125,6 +132,7 @@ impl Inner {
                     Errno::PERM | Errno::LOOP | Errno::OPNOTSUPP | Errno::INVAL
                 ) && self.passthrough.swap(false, Ordering::Relaxed)
                 {
+                    self.log.say(|| Fact::NoPassthrough);
                     tracing::warn!(%errno, "no passthrough on this backing filesystem: reads and writes go through the server");
                 }
                 Io::Served

@@ -17,6 +17,9 @@ pub enum MirrorError {
         "cannot prepare a worker: the server needs CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_SETGID, CAP_SETUID and CAP_SYS_ADMIN"
     )]
     Worker(#[source] io::Error),
+    /// What a dead server has left is not enough to go on with.
+    #[error("cannot take over from the server that has died")]
+    Legacy(#[source] io::Error),
     /// Requests cannot be parked.
     #[error("cannot set up the waiting of delayed operations")]
     Lot(#[from] LotError),

@@ -6,14 +6,16 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
-use hobble_fuse::{Fh, LockOwner, Tid};
+use hobble_fuse::{Fh, LockOwner, Tid, Unique};
 use rustix::fs::OFlags;
 
 use crate::adopt::Adopted;
+use crate::legacy::fact::{self, Fact};
+use crate::legacy::{Claims, Estate, Log};
 use crate::lock::{lock, read, write};
 use crate::locks::Class;
 use crate::store::Node;
@@ -50,6 +52,9 @@ pub(crate) struct Handle {
     pub(crate) arrives: AtomicU64,
     /// By which name the lock table knows the owner of OFD locks, if this open file has taken the place of another.
     pub(crate) known_as: Mutex<Option<LockOwner>>,
+    /// The request that it is made for; 0 for none.
+    pub(crate) made_for: Unique,
+    log: Log,
     /// Position of a directory's description; requests of one open directory are served one at a time.
     pub(crate) directory: Mutex<Option<u64>>,
 }
@@ -69,9 +74,37 @@ pub(crate) struct New {
     pub(crate) flags: OFlags,
     pub(crate) direct: bool,
     pub(crate) opener: Tid,
+    /// The request that it is made for; 0 for none.
+    pub(crate) made_for: Unique,
 }
 
 impl Handle {
+    /// Tells the log what has changed about it. No lock of it may be held.
+    pub(crate) fn say(&self) {
+        self.log.say(|| self.fact());
+    }
+
+    fn fact(&self) -> Fact {
+        let owner = |owner: &Mutex<Option<LockOwner>>| lock(owner).map(|owner| owner.0);
+        Fact::Handle(fact::Handle {
+            fh: self.fh.0,
+            node: self.node.id.0,
+            file: self.file.as_raw_fd(),
+            adopted: self.adopted.as_ref().map(|adopted| adopted.id.number()),
+            flags: self.opened_with.bits(),
+            direct: self.direct,
+            opener: self.opener.0,
+            made_for: self.made_for.0,
+            ofd_owner: owner(&self.ofd_owner),
+            known_as: owner(&self.known_as),
+            given_back: self.given_back.load(Ordering::Acquire),
+            superseded: self.superseded.load(Ordering::Acquire),
+            successor: lock(&self.successor).map(|fh| fh.0),
+            is_successor: self.is_successor.load(Ordering::Acquire),
+            arrives: self.arrives.load(Ordering::Acquire),
+        })
+    }
+
     /// Which side of the attachment it comes from.
     pub(crate) fn class(&self) -> Class {
         if self.adopted.is_some() {
@@ -122,24 +155,86 @@ impl Handle {
 pub(crate) struct Handles {
     next: AtomicU64,
     open: RwLock<HashMap<u64, Arc<Handle>>>,
-}
-
-impl Default for Handles {
-    fn default() -> Self {
-        Self {
-            next: AtomicU64::new(1),
-            open: RwLock::default(),
-        }
-    }
+    log: Log,
 }
 
 impl Handles {
+    pub(crate) fn new(log: Log) -> Self {
+        Self {
+            next: AtomicU64::new(1),
+            open: RwLock::default(),
+            log,
+        }
+    }
+
+    /// The open files of a mirror that has died.
+    pub(crate) fn restore(
+        estate: &Estate,
+        claims: &mut Claims,
+        log: Log,
+        node: impl Fn(u64) -> Option<Arc<Node>>,
+        adopted: impl Fn(u64) -> Option<Arc<Adopted>>,
+    ) -> io::Result<Self> {
+        let handles = Self::new(log);
+        handles.next.store(estate.next_fh.max(1), Ordering::Relaxed);
+        let mut open = HashMap::new();
+        for known in estate.handles.values() {
+            let missing = || io::Error::from(io::ErrorKind::InvalidData);
+            let new = New {
+                node: node(known.node).ok_or_else(missing)?,
+                file: claims.get(known.file)?,
+                adopted: match known.adopted {
+                    Some(id) => Some(adopted(id).ok_or_else(missing)?),
+                    None => None,
+                },
+                flags: OFlags::from_bits_retain(known.flags),
+                direct: known.direct,
+                opener: Tid(known.opener),
+                made_for: Unique(0),
+            };
+            let handle = handles.make(Fh(known.fh), new);
+            *lock(&handle.ofd_owner) = known.ofd_owner.map(LockOwner);
+            *lock(&handle.known_as) = known.known_as.map(LockOwner);
+            *lock(&handle.successor) = known.successor.map(Fh);
+            handle.given_back.store(known.given_back, Ordering::Release);
+            handle.superseded.store(known.superseded, Ordering::Release);
+            handle
+                .is_successor
+                .store(known.is_successor, Ordering::Release);
+            handle.arrives.store(known.arrives, Ordering::Release);
+            open.insert(known.fh, Arc::new(handle));
+        }
+        *write(&handles.open) = open;
+        Ok(handles)
+    }
+
+    /// Says everything that there is to be known of them.
+    pub(crate) fn say_all(&self) {
+        let open = read(&self.open);
+        for handle in open.values() {
+            handle.say();
+        }
+    }
+
+    /// The number of the next one.
+    pub(crate) fn next(&self) -> u64 {
+        self.next.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn insert(&self, new: New) -> Arc<Handle> {
+        let fh = Fh(self.next.fetch_add(1, Ordering::Relaxed));
+        let handle = Arc::new(self.make(fh, new));
+        let mut open = write(&self.open);
+        handle.say();
+        open.insert(fh.0, Arc::clone(&handle));
+        handle
+    }
+
+    fn make(&self, fh: Fh, new: New) -> Handle {
         // Not what the client's description has: one that is shared with an earlier handle may be behind, since F_SETFL sends no request, and no request at all comes
         // in passthrough. fcntl(2) has F_GETFL fail for a bad descriptor alone.
         let status = rustix::fs::fcntl_getfl(new.file.as_fd()).unwrap_or(new.flags) & SETTABLE;
-        let fh = Fh(self.next.fetch_add(1, Ordering::Relaxed));
-        let handle = Arc::new(Handle {
+        Handle {
             fh,
             node: new.node,
             file: new.file,
@@ -157,9 +252,9 @@ impl Handles {
             arrives: AtomicU64::new(0),
             known_as: Mutex::new(None),
             directory: Mutex::new(None),
-        });
-        write(&self.open).insert(fh.0, Arc::clone(&handle));
-        handle
+            made_for: new.made_for,
+            log: self.log.clone(),
+        }
     }
 
     pub(crate) fn get(&self, fh: Fh) -> io::Result<Arc<Handle>> {
@@ -170,7 +265,12 @@ impl Handles {
     }
 
     pub(crate) fn remove(&self, fh: Fh) -> Option<Arc<Handle>> {
-        write(&self.open).remove(&fh.0)
+        let mut open = write(&self.open);
+        let removed = open.remove(&fh.0);
+        if removed.is_some() {
+            self.log.say(|| Fact::HandleGone { fh: fh.0 });
+        }
+        removed
     }
 
     /// All handles, at some moment.

@@ -11,6 +11,7 @@
 //! | `ops` | the operations, one module per kind |
 //! | `faults` | asking the rules, and doing what they say |
 //! | [`locks`] | byte-range locks and flock, also while descriptors move |
+//! | `legacy` | what whoever takes over must know when the server is killed |
 //! | [`adopt`] | descriptors that were moved: stand-ins, and giving the originals back |
 //! | `sys` | system calls without a safe wrapper elsewhere |
 
@@ -37,6 +38,7 @@ mod error;
 mod faults;
 mod fd;
 mod handle;
+mod legacy;
 mod lock;
 pub mod locks;
 mod mirror;
@@ -48,4 +50,5 @@ mod sys;
 pub use config::{Caching, CallerFacts, Callers, Config, Everybody};
 pub use error::MirrorError;
 pub use faults::PlanChange;
-pub use mirror::Mirror;
+pub use legacy::Legacy;
+pub use mirror::{Inherited, Mirror};

@@ -1,14 +1,15 @@
 //! The mirror: one mount's worth of everything, and the hand-out of requests.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::collections::{HashMap, HashSet};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use hobble_fuse::park::Lot;
 use hobble_fuse::{
-    Caller, Errno, Features, Fh, Interrupt, Kernel, LockOwner, Negotiated, Op, Reply, Request,
-    Service,
+    BackingId, Caller, Errno, Features, Fh, Interrupt, Kernel, LockOwner, Negotiated, NodeId, Op,
+    Reply, Request, Service, Unique,
 };
 use hobble_rules::{Decision, Plan};
 
@@ -18,6 +19,9 @@ use crate::door::Doors;
 use crate::error::MirrorError;
 use crate::faults::{PlanChange, Rules};
 use crate::handle::Handles;
+use crate::legacy::fact::{Io, Served};
+use crate::legacy::{Claims, Estate, Fact, Legacy, Log};
+use crate::lock::lock;
 use crate::locks::{LockTable, Locks};
 use crate::ops::Turn;
 use crate::store::Store;
@@ -52,6 +56,42 @@ pub(crate) struct Inner {
     destroyed: AtomicBool,
     /// The next FLUSH is answered ENOSYS, after which the kernel sends no more.
     pub(crate) flushless: AtomicBool,
+    pub(crate) log: Log,
+    /// I/O modes of open files that were taken over, until the kernel can be told of.
+    modes: Mutex<Vec<(NodeId, Io)>>,
+    /// What the one before us had begun or done.
+    pub(crate) past: Past,
+}
+
+/// What a mirror takes over with the connection of one that has died.
+#[derive(Debug)]
+pub struct Inherited {
+    /// The open `/dev/fuse`.
+    pub device: OwnedFd,
+    /// What INIT agreed on.
+    pub negotiated: Negotiated,
+    /// Every descriptor of the dead one that is in use again; what else it had open is of no use.
+    pub numbers: HashSet<RawFd>,
+}
+
+/// Requests that a dead server had taken, by the numbers under which they were handed out first.
+#[derive(Debug, Default)]
+pub(crate) struct Past {
+    begun: HashMap<u64, u64>,
+    answered: HashMap<u64, (i32, Vec<u8>)>,
+}
+
+impl Past {
+    /// The answer that it was about to get.
+    pub(crate) fn answer(&self, unique: Unique) -> Option<(i32, &[u8])> {
+        let (error, bytes) = self.answered.get(&unique.original().0)?;
+        Some((*error, bytes))
+    }
+
+    /// What was known before it was begun, if it may have been done.
+    pub(crate) fn begun(&self, unique: Unique) -> Option<u64> {
+        self.begun.get(&unique.original().0).copied()
+    }
 }
 
 impl Mirror {
@@ -79,15 +119,26 @@ impl Mirror {
             Some(native) => Some(directory(&native).map_err(MirrorError::Root)?),
             None => None,
         };
-        let store = Store::new(root, native, limit).map_err(MirrorError::Root)?;
+        if let Some(legacy) = &config.legacy {
+            legacy.clear();
+        }
+        let log = Log::new(config.legacy);
+        log.say(|| Fact::Mirror {
+            volume: config.volume.clone(),
+            native: native.as_ref().map(|native| native.as_raw_fd()),
+        });
+        if !config.passthrough {
+            log.say(|| Fact::NoPassthrough);
+        }
+        let store = Store::new(root, native, limit, log.clone()).map_err(MirrorError::Root)?;
         Ok(Self {
             inner: Arc::new(Inner {
                 store,
-                handles: Handles::default(),
-                locks: Arc::new(LockTable::new(Arc::clone(&callers))),
+                handles: Handles::new(log.clone()),
+                locks: Arc::new(LockTable::new(Arc::clone(&callers), log.clone())),
                 rules: Rules::default(),
                 doors: Doors::default(),
-                adopted: crate::adopt::Table::default(),
+                adopted: crate::adopt::Table::new(log.clone()),
                 lot: Lot::new()?,
                 callers,
                 caching: config.caching,
@@ -99,8 +150,106 @@ impl Mirror {
                 arrivals: AtomicU64::new(0),
                 destroyed: AtomicBool::new(false),
                 flushless: AtomicBool::new(false),
+                log,
+                modes: Mutex::default(),
+                past: Past::default(),
             }),
         })
+    }
+
+    /// The mirror of a server that has died, as it was at its last moment; to be given to [`hobble_fuse::Server::resume`] with what is inherited. No rules are in force. This process shares
+    /// the descriptor table of the dead one, and nobody else takes over what was in it.
+    ///
+    /// # Errors
+    /// [`MirrorError::Legacy`] when the log does not tell enough. Descriptors that had been taken over are closed then, some of them perhaps originals of programs: what undoes the
+    /// hook without the log must have duplicates of them.
+    pub fn resume(
+        legacy: &Legacy,
+        callers: Arc<dyn Callers>,
+        caching: Caching,
+    ) -> Result<(Self, Inherited), MirrorError> {
+        std::thread::scope(|threads| threads.spawn(identity::enter).join())
+            .map_err(|_| MirrorError::Worker(Errno::IO.into()))?
+            .map_err(MirrorError::Worker)?;
+        let mut estate = Estate::read(legacy).map_err(MirrorError::Legacy)?;
+        let can_resend = estate.served.is_some_and(|served| {
+            Features::from_bits_retain(served.features).contains(Features::HAS_RESEND)
+        });
+        if !can_resend {
+            let error = std::io::Error::other("this kernel does not hand out again what a dead server had taken (Linux 6.9)");
+            return Err(MirrorError::Legacy(error));
+        }
+        let mut claims = Claims::default();
+        let restored = Self::restore(&mut estate, &mut claims, legacy, callers, caching);
+        let (mirror, device, negotiated) = match restored {
+            Ok(restored) => restored,
+            Err(error) => {
+                // Whoever undoes the hook by other means needs them where they are.
+                claims.abandon();
+                return Err(MirrorError::Legacy(error));
+            }
+        };
+        let inherited = Inherited {
+            device,
+            negotiated,
+            numbers: claims.numbers(),
+        };
+        Ok((mirror, inherited))
+    }
+
+    fn restore(
+        estate: &mut Estate,
+        claims: &mut Claims,
+        legacy: &Legacy,
+        callers: Arc<dyn Callers>,
+        caching: Caching,
+    ) -> std::io::Result<(Self, OwnedFd, Negotiated)> {
+        let served = estate
+            .served
+            .ok_or_else(|| std::io::Error::other("it was not served yet"))?;
+        let device = claims.sole(served.device)?;
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile)
+            .current
+            .unwrap_or(1 << 20);
+        let log = Log::new(Some(legacy.clone()));
+        let store = Store::restore(estate, claims, limit, log.clone())?;
+        let node = |id: u64| store.get(NodeId(id));
+        let adopted = crate::adopt::Table::restore(estate, claims, log.clone(), node)?;
+        let handles = Handles::restore(estate, claims, log.clone(), node, |id| adopted.find(id))?;
+        let locks = LockTable::restore(Arc::clone(&callers), estate, claims, log.clone())?;
+        let mirror = Self {
+            inner: Arc::new(Inner {
+                store,
+                handles,
+                locks: Arc::new(locks),
+                rules: Rules::default(),
+                doors: Doors::default(),
+                adopted,
+                lot: Lot::new().map_err(std::io::Error::other)?,
+                callers,
+                caching,
+                volume: std::mem::take(&mut estate.volume),
+                passthrough: AtomicBool::new(!estate.no_passthrough),
+                kernel: OnceLock::new(),
+                negotiated: OnceLock::new(),
+                quiet: AtomicBool::new(false),
+                arrivals: AtomicU64::new(estate.arrivals),
+                destroyed: AtomicBool::new(false),
+                flushless: AtomicBool::new(false),
+                log,
+                modes: Mutex::default(),
+                past: Past {
+                    begun: std::mem::take(&mut estate.begun),
+                    answered: std::mem::take(&mut estate.answered),
+                },
+            }),
+        };
+        *lock(&mirror.inner.modes) = estate
+            .nodes
+            .iter()
+            .filter_map(|(id, node)| Some((NodeId(*id), node.io?)))
+            .collect();
+        Ok((mirror, device, negotiated(&served)))
     }
 
     /// What the server shall ask the kernel for on behalf of a mirror: [`Features::MIRROR`] without
@@ -138,7 +287,8 @@ impl Mirror {
     /// Says that all stand-ins opened so far are in place or closed. To be called before their programs go on: from then on to close one drops the POSIX locks that
     /// the program has on the file through moved descriptors, those moved earlier included.
     pub fn arrived(&self) {
-        self.inner.arrivals.fetch_add(1, Ordering::AcqRel);
+        let arrivals = self.inner.arrivals.fetch_add(1, Ordering::AcqRel) + 1;
+        self.inner.log.say(|| Fact::Arrivals(arrivals));
     }
 
     /// Ends the delays of chosen callers: their operations are carried out now. Returns how many.
@@ -211,11 +361,53 @@ fn directory(fd: &OwnedFd) -> std::io::Result<OwnedFd> {
     )?)
 }
 
+fn served(device: RawFd, negotiated: &Negotiated) -> Fact {
+    Fact::Served(Served {
+        device,
+        kernel_minor: negotiated.kernel_minor,
+        minor: negotiated.minor,
+        offered: negotiated.offered.bits(),
+        features: negotiated.features.bits(),
+        max_write: negotiated.max_write,
+        max_readahead: negotiated.max_readahead,
+        max_stack_depth: negotiated.max_stack_depth,
+    })
+}
+
+fn negotiated(served: &Served) -> Negotiated {
+    Negotiated {
+        kernel_minor: served.kernel_minor,
+        minor: served.minor,
+        offered: Features::from_bits_retain(served.offered),
+        features: Features::from_bits_retain(served.features),
+        max_write: served.max_write,
+        max_readahead: served.max_readahead,
+        max_stack_depth: served.max_stack_depth,
+    }
+}
+
 impl Service for Mirror {
     fn started(&self, kernel: &Kernel, negotiated: &Negotiated) {
         // A second server for the same mirror is a bug above; the first one stays in force.
         let _ = self.inner.kernel.set(kernel.clone());
         let _ = self.inner.negotiated.set(*negotiated);
+        let inner = &self.inner;
+        inner.log.say(|| served(kernel.device_number(), negotiated));
+        for (node, io) in std::mem::take(&mut *lock(&inner.modes)) {
+            let handles = inner.handles.select(|handle| handle.node.id == node);
+            let io = match io {
+                Io::Passthrough(id) => {
+                    crate::store::Io::Passthrough(Arc::new(kernel.backing_adopt(BackingId(id))))
+                }
+                Io::Served => crate::store::Io::Served,
+            };
+            if let Some(handle) = handles.first() {
+                let mut data = lock(&handle.node.data);
+                data.handles = u32::try_from(handles.len()).unwrap_or(u32::MAX);
+                data.io = Some(io);
+            }
+            // Dropped where nothing is open: then it is registered in vain.
+        }
         if !negotiated.features.contains(Features::PASSTHROUGH)
             && self.inner.passthrough.swap(false, Ordering::Relaxed)
         {
@@ -231,7 +423,11 @@ impl Service for Mirror {
             reply.error(crate::error::errno(&error));
             return;
         }
-        self.inner.serve(request, reply);
+        let inner = &self.inner;
+        inner.serve(request, reply);
+        if inner.log.is_due() {
+            inner.log.rewrite(|| inner.say_all());
+        }
     }
 
     fn interrupted(&self, interrupt: Interrupt) {
@@ -248,6 +444,30 @@ impl Service for Mirror {
 }
 
 impl Inner {
+    /// Tells the log everything.
+    fn say_all(&self) {
+        self.log.say(|| Fact::Mirror {
+            volume: self.volume.clone(),
+            native: self.store.native_number(),
+        });
+        if let (Some(kernel), Some(negotiated)) = (self.kernel.get(), self.negotiated.get()) {
+            self.log.say(|| served(kernel.device_number(), negotiated));
+        }
+        if !self.passthrough.load(Ordering::Relaxed) {
+            self.log.say(|| Fact::NoPassthrough);
+        }
+        self.log.say(|| Fact::Next {
+            fh: self.handles.next(),
+            adopted: self.adopted.next(),
+        });
+        let arrivals = self.arrivals.load(Ordering::Acquire);
+        self.log.say(|| Fact::Arrivals(arrivals));
+        self.store.say_all();
+        self.adopted.say_all();
+        self.handles.say_all();
+        self.locks.say_all();
+    }
+
     /// Does what was asked for. Every operation ends here, faulted or not; `decision` carries only what alters results.
     pub(crate) fn perform(
         self: &Arc<Self>,
@@ -256,6 +476,9 @@ impl Inner {
         reply: Reply,
         decision: &Decision,
     ) {
+        let Some(reply) = self.once(request, &op, reply) else {
+            return;
+        };
         let caller = request.caller();
         let turn = Turn { caller, decision };
         let node = request.node();

@@ -9,6 +9,8 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use crate::op::{Op, OpSet};
 
 /// What one rule has seen and done since it was first installed under its name.
@@ -22,6 +24,21 @@ pub struct RuleCounters {
     pub matched: u64,
     /// Of those, the ones that the trigger let through.
     pub injected: u64,
+}
+
+/// How far a rule has come, for another process to go on with.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleProgress {
+    /// Its name.
+    pub name: String,
+    /// See [`RuleCounters`].
+    pub evaluated: u64,
+    /// See [`RuleCounters`].
+    pub matched: u64,
+    /// See [`RuleCounters`].
+    pub injected: u64,
+    /// When its window began, in milliseconds since injection began.
+    pub origin_ms: u64,
 }
 
 /// Counts by operation, spread over cache lines so that threads do not fight over one.
@@ -105,6 +122,16 @@ pub(crate) struct RuleState {
 }
 
 impl RuleState {
+    /// Goes on from these counts.
+    pub(crate) fn go_on(&self, matched: u64, injected: u64) {
+        self.matched.store(matched, Ordering::Relaxed);
+        self.injected.store(injected, Ordering::Relaxed);
+        *lock(&self.whole) = Stream {
+            seen: matched,
+            injected,
+        };
+    }
+
     /// Works on the counts of a scope, alone: of the rule for `None`, else of a process or file.
     pub(crate) fn with<T>(&self, key: Option<u64>, work: impl FnOnce(&mut Stream) -> T) -> T {
         let Some(key) = key else {

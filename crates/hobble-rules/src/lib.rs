@@ -23,7 +23,7 @@ mod units;
 
 pub use caller::{CallerFacts, Comm, KnownCaller};
 pub use check::{MOST_RULES, check, load, load_all};
-pub use counters::RuleCounters;
+pub use counters::{RuleCounters, RuleProgress};
 pub use diagnostic::{Diagnostic, Position, Severity, Source};
 pub use errno::InjectedErrno;
 pub use experiment::{Experiment, Rule, RunFor, Scope, Target};

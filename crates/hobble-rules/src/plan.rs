@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::caller::CallerFacts;
-use crate::counters::{Cutoffs, RuleCounters, RuleState, Tally};
+use crate::counters::{Cutoffs, RuleCounters, RuleProgress, RuleState, Tally};
 use crate::draw::{Draws, RuleKey};
 use crate::errno::InjectedErrno;
 use crate::experiment::{Experiment, Per, Rule};
@@ -359,6 +359,39 @@ impl Plan {
             }
         }
         decision
+    }
+
+    /// Takes over what rules of the same names had seen and done in a plan of another process ([`Plan::progress`]). Rules that count by process or by file begin
+    /// those counts anew.
+    #[must_use]
+    pub fn going_on(mut self, progress: &[RuleProgress]) -> Self {
+        for entry in &mut self.rules {
+            let Some(known) = progress
+                .iter()
+                .find(|known| known.name == entry.rule.name())
+            else {
+                continue;
+            };
+            entry.origin = Duration::from_millis(known.origin_ms);
+            entry.evaluated_before = known.evaluated;
+            entry.state.go_on(known.matched, known.injected);
+        }
+        self
+    }
+
+    /// What another process needs to know to go on with these rules, in the order of the rules.
+    #[must_use]
+    pub fn progress(&self) -> Vec<RuleProgress> {
+        let counters = self.counters().into_iter().zip(&self.rules);
+        counters
+            .map(|(counters, entry)| RuleProgress {
+                name: counters.name,
+                evaluated: counters.evaluated,
+                matched: counters.matched,
+                injected: counters.injected,
+                origin_ms: u64::try_from(entry.origin.as_millis()).unwrap_or(u64::MAX),
+            })
+            .collect()
     }
 
     /// What every rule has seen and done, in the order of the rules.

@@ -128,6 +128,9 @@ pub(crate) struct Inject {
     /// Longest time the target may stand still in one go; beyond it everything is rolled back
     #[arg(long, value_name = "DURATION", default_value = "250ms", allow_hyphen_values = true, value_parser = parse_positive_duration)]
     pub(crate) max_pause: Duration,
+    /// When the server is killed and another takes over: go on with the experiment, or recover
+    #[arg(long, value_enum, default_value_t = FailoverArg::Continue)]
+    pub(crate) failover: FailoverArg,
     /// Print the verdict, the plan and who is affected, and touch nothing
     #[arg(long, conflicts_with = "detach")]
     pub(crate) dry_run: bool,
@@ -336,6 +339,23 @@ pub(crate) struct Man {
 }
 
 /// `--scope`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FailoverArg {
+    /// The experiment goes on
+    Continue,
+    /// The target is recovered
+    Recover,
+}
+
+impl From<FailoverArg> for hobble_attach::Failover {
+    fn from(arg: FailoverArg) -> Self {
+        match arg {
+            FailoverArg::Continue => Self::Continue,
+            FailoverArg::Recover => Self::Recover,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ScopeArg {
     /// The process and its descendants, those made later included

@@ -39,6 +39,16 @@ pub(crate) fn event(event: &Event) -> Vec<Line> {
         EventKind::Updated(rules) => vec![Line::plain(in_force("updated", rules))],
         EventKind::Paused {} => vec![Line::plain("paused: no rule is in force")],
         EventKind::Resumed {} => vec![Line::plain("resumed")],
+        EventKind::TakenOver(taken) => vec![Line::Warning(format!(
+            "the server was killed; process {} has taken over after {}, and no operation has failed for it: {}",
+            taken.server_pid,
+            micros(taken.gap_us),
+            if taken.goes_on {
+                "the experiment goes on"
+            } else {
+                "the target is recovered"
+            }
+        ))],
         EventKind::NotCovered(uncovered) => self::uncovered(&uncovered.not_covered),
         EventKind::Recovering { why } => {
             vec![Line::plain(format!("recovering: {}", why.meaning()))]

@@ -86,6 +86,22 @@ pub(crate) fn inherited(number: i32) -> std::os::fd::OwnedFd {
     unsafe { std::os::fd::FromRawFd::from_raw_fd(number) }
 }
 
+/// Whether a descriptor of this number is open.
+pub(crate) fn is_open(number: i32) -> bool {
+    // SAFETY: F_GETFD takes any number and touches no memory.
+    let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+    flags >= 0
+}
+
+/// Takes over a descriptor that a dead process has left in the table that we share with it, and that nobody else is going to close. To be called once for each.
+pub(crate) fn take(number: i32) -> io::Result<std::os::fd::OwnedFd> {
+    if !is_open(number) {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: open, as just seen, and its owner is dead.
+    Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(number) })
+}
+
 /// Takes a byte-range lock on an open file description (or changes its kind), without waiting. `end` is the last byte; `None` is the end of everything.
 pub(crate) fn lock_description(
     fd: std::os::fd::BorrowedFd<'_>,

@@ -218,7 +218,10 @@ impl Handover {
                     .callers
                     .holds_locks_on(wider.file.as_fd(), held.pid);
             }
-            inode.files.insert(id.owner, wider);
+            inode
+                .closing
+                .extend(inode.files.insert(id.owner, wider));
+            self.table.say(&mut state, id.node);
         }
         self.joined = Some(Joined {
             owner: id.owner,
@@ -338,6 +341,7 @@ impl Drop for Handover {
             let mut state = lock(&self.table.state);
             if let Some(inode) = state.inodes.get_mut(&self.node) {
                 inode.table.restore(joined.owner, &joined.before);
+                self.table.say(&mut state, self.node);
             }
             return;
         }
@@ -382,6 +386,7 @@ impl LockTable {
         for RangeLock { kind, range } in ranges {
             inode.table.set(owner, fh, pid, Some(*kind), *range);
         }
+        self.say(&mut state, node);
     }
 
     /// The description on which a handle's own (OFD) locks are held, if it holds any.

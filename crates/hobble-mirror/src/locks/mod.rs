@@ -25,13 +25,15 @@ pub(crate) use table::Owner;
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use hobble_fuse::{Errno, Fh, FileLock, NodeId, Reply, Unique};
 use rustix::fs::OFlags;
 
 use crate::config::Callers;
+use crate::legacy::fact::{self, Fact};
+use crate::legacy::{Claims, Estate, Log};
 use crate::lock::lock;
 use crate::sys::lock as ofd;
 use table::{Held, RangeTable};
@@ -56,6 +58,7 @@ pub(crate) struct Ask {
 pub(crate) struct LockTable {
     state: Mutex<State>,
     callers: Arc<dyn Callers>,
+    log: Log,
 }
 
 #[derive(Default)]
@@ -78,6 +81,8 @@ struct InodeLocks {
     files: HashMap<Owner, Description>,
     /// Who waits for other clients, in order of arrival.
     queue: Vec<Unique>,
+    /// Descriptions that nobody holds locks on any more: closed once the log has been told.
+    closing: Vec<Description>,
 }
 
 #[derive(Clone)]
@@ -144,11 +149,128 @@ const EVERYTHING: LockRange = LockRange {
     end: LockRange::OPEN_END,
 };
 
+fn owner_fact(owner: Owner) -> fact::Owner {
+    (owner.kernel.0, owner.class == Class::Moved)
+}
+
+fn owner_of((kernel, is_moved): fact::Owner) -> Owner {
+    let class = if is_moved {
+        Class::Moved
+    } else {
+        Class::Opened
+    };
+    Owner {
+        kernel: hobble_fuse::LockOwner(kernel),
+        class,
+    }
+}
+
 impl LockTable {
-    pub(crate) fn new(callers: Arc<dyn Callers>) -> Self {
+    pub(crate) fn new(callers: Arc<dyn Callers>, log: Log) -> Self {
         Self {
             state: Mutex::default(),
             callers,
+            log,
+        }
+    }
+
+    /// The locks of a mirror that has died. They are held on the descriptions that it held them on.
+    pub(crate) fn restore(
+        callers: Arc<dyn Callers>,
+        estate: &Estate,
+        claims: &mut Claims,
+        log: Log,
+    ) -> io::Result<Self> {
+        let table = Self::new(callers, log);
+        let mut state = State::default();
+        for (node, known) in &estate.locks {
+            let mut inode = InodeLocks::default();
+            for held in &known.held {
+                let kind = if held.is_write {
+                    LockKind::Write
+                } else {
+                    LockKind::Read
+                };
+                let range = LockRange {
+                    start: held.start,
+                    end: held.end,
+                };
+                let owner = owner_of(held.owner);
+                let through = known.through.iter().filter(|(other, _)| *other == held.owner);
+                for (_, fh) in through {
+                    inode.table.set(owner, Fh(*fh), held.pid, Some(kind), range);
+                }
+            }
+            for (owner, file, access) in &known.files {
+                let description = Description {
+                    file: claims.get(*file)?,
+                    access: OFlags::from_bits_retain(*access),
+                };
+                inode.files.insert(owner_of(*owner), description);
+            }
+            state.inodes.insert(NodeId(*node), inode);
+        }
+        for (node, owner) in &estate.seen {
+            state.seen.entry(NodeId(*node)).or_default().insert(*owner);
+        }
+        *lock(&table.state) = state;
+        Ok(table)
+    }
+
+    /// Tells the log what is locked of an inode now, and closes what is of no use any more.
+    fn say(&self, state: &mut State, node: NodeId) {
+        if !self.log.is_kept() {
+            if let Some(inode) = state.inodes.get_mut(&node) {
+                inode.closing.clear();
+            }
+            return;
+        }
+        let inode = state.inodes.get(&node);
+        self.log.say(|| {
+            let held = inode.into_iter().flat_map(|inode| inode.table.all());
+            let files = inode.into_iter().flat_map(|inode| &inode.files);
+            let through = inode.into_iter().flat_map(|inode| inode.table.through());
+            Fact::Locks(fact::Locks {
+                node: node.0,
+                held: held
+                    .map(|held| fact::Held {
+                        owner: owner_fact(held.owner),
+                        pid: held.pid,
+                        is_write: held.kind == LockKind::Write,
+                        start: held.range.start,
+                        end: held.range.end,
+                    })
+                    .collect(),
+                through: through
+                    .map(|(owner, fh)| (owner_fact(*owner), fh.0))
+                    .collect(),
+                files: files
+                    .map(|(owner, description)| {
+                        let number = description.file.as_raw_fd();
+                        (owner_fact(*owner), number, description.access.bits())
+                    })
+                    .collect(),
+            })
+        });
+        if let Some(inode) = state.inodes.get_mut(&node) {
+            inode.closing.clear();
+        }
+    }
+
+    /// Says everything that there is to be known of all locks.
+    pub(crate) fn say_all(&self) {
+        let mut state = lock(&self.state);
+        let nodes: Vec<NodeId> = state.inodes.keys().copied().collect();
+        for node in nodes {
+            self.say(&mut state, node);
+        }
+        for (node, owners) in &state.seen {
+            for owner in owners {
+                self.log.say(|| Fact::Seen {
+                    node: node.0,
+                    owner: *owner,
+                });
+            }
         }
     }
 
@@ -156,8 +278,11 @@ impl LockTable {
     pub(crate) fn saw(&self, node: NodeId, owner: hobble_fuse::LockOwner) {
         let mut state = lock(&self.state);
         let owners = state.seen.entry(node).or_default();
-        if owners.len() < OWNERS_REMEMBERED {
-            owners.insert(owner.0);
+        if owners.len() < OWNERS_REMEMBERED && owners.insert(owner.0) {
+            self.log.say(|| Fact::Seen {
+                node: node.0,
+                owner: owner.0,
+            });
         }
     }
 
@@ -206,7 +331,7 @@ impl InodeLocks {
             wider.set(Some(held.kind), held.range)?;
         }
         callers.holds_locks_on(wider.file.as_fd(), ask.pid);
-        self.files.insert(ask.owner, wider.clone());
+        self.closing.extend(self.files.insert(ask.owner, wider.clone()));
         Ok(wider)
     }
 
@@ -230,18 +355,20 @@ impl InodeLocks {
 
     /// Forgets what `owner` holds; on the backing file too, unless the locks go on there without us (`leave`).
     fn drop_owner(&mut self, owner: Owner, leave: bool) -> bool {
-        if let Some(description) = self.files.remove(&owner)
-            && !leave
-            && let Err(error) = description.set(None, EVERYTHING)
-        {
-            tracing::warn!(%error, "could not unlock a backing file; it is unlocked when its description is closed");
+        if let Some(description) = self.files.remove(&owner) {
+            if !leave
+                && let Err(error) = description.set(None, EVERYTHING)
+            {
+                tracing::warn!(%error, "could not unlock a backing file; it is unlocked when its description is closed");
+            }
+            self.closing.push(description);
         }
         self.table.drop_owner(owner)
     }
 
     fn tidy(&mut self, owner: Owner) {
         if self.table.of(owner).next().is_none() {
-            self.files.remove(&owner);
+            self.closing.extend(self.files.remove(&owner));
         }
     }
 
@@ -298,11 +425,10 @@ impl State {
                 access: window.access,
             };
             callers.holds_locks_on(description.file.as_fd(), ask.pid);
-            self.inodes
-                .entry(ask.node)
-                .or_default()
-                .files
-                .insert(ask.owner, description);
+            let inode = self.inodes.entry(ask.node).or_default();
+            inode
+                .closing
+                .extend(inode.files.insert(ask.owner, description));
         }
     }
 
@@ -353,6 +479,7 @@ impl LockTable {
             if result.is_ok() && ask.kind != Some(LockKind::Write) {
                 self.admit(&mut state, ask.node, &mut answers);
             }
+            self.say(&mut state, ask.node);
             state.forget_if_idle(ask.node);
             result
         };
@@ -366,7 +493,9 @@ impl LockTable {
         {
             let mut state = lock(&self.state);
             state.bind_window(&ask, &*self.callers);
+            let node = ask.node;
             self.attempt(&mut state, ask, reply, &mut answers);
+            self.say(&mut state, node);
         }
         answer(answers);
     }
@@ -475,7 +604,9 @@ impl LockTable {
             match state.waiting.remove(&unique) {
                 Some(Waiting::Outside {
                     ask, file, reply, ..
-                }) => match result {
+                }) => {
+                    let node = ask.node;
+                    match result {
                     Ok(()) => {
                         let inode = state.inodes.entry(ask.node).or_default();
                         let current = inode.files.entry(ask.owner).or_insert_with(|| {
@@ -500,10 +631,12 @@ impl LockTable {
                         if let Some(inode) = state.inodes.get_mut(&ask.node) {
                             inode.tidy(ask.owner);
                         }
-                        state.forget_if_idle(ask.node);
                         answers.push((reply, Err(error)));
                     }
-                },
+                    }
+                    self.say(&mut state, node);
+                    state.forget_if_idle(node);
+                }
                 Some(Waiting::Flock { reply, .. }) => answers.push((reply, result)),
                 Some(queued @ Waiting::Queued { .. }) => {
                     state.waiting.insert(unique, queued);
@@ -620,8 +753,10 @@ impl LockTable {
 
     /// What was locked through one handle counts as locked through another, which has taken its place.
     pub(crate) fn succeed(&self, node: NodeId, old: Fh, new: Fh) {
-        if let Some(inode) = lock(&self.state).inodes.get_mut(&node) {
+        let mut state = lock(&self.state);
+        if let Some(inode) = state.inodes.get_mut(&node) {
             inode.table.succeed(old, new);
+            self.say(&mut state, node);
         }
     }
 
@@ -644,6 +779,7 @@ impl LockTable {
             if dropped {
                 self.admit(&mut state, node, &mut answers);
             }
+            self.say(&mut state, node);
             state.forget_if_idle(node);
         }
         answer(answers);

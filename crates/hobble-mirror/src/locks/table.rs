@@ -182,6 +182,16 @@ impl RangeTable {
             .filter(move |held| held.owner == owner)
     }
 
+    /// All locked ranges.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Held> {
+        self.held.iter()
+    }
+
+    /// Who has taken locks through which handle.
+    pub(crate) fn through(&self) -> impl Iterator<Item = &(Owner, Fh)> {
+        self.through.iter()
+    }
+
     /// Everybody who holds something.
     pub(crate) fn owners(&self) -> Vec<Owner> {
         let mut owners = Vec::new();

@@ -3,13 +3,13 @@
 //! Length: all operations on open files.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use hobble_fuse::decode::CopyRange;
 use hobble_fuse::types::{OpenMode, Opened, Whence};
-use hobble_fuse::{Backing, Caller, Delivery, Fh, LockOwner, NodeId, Reply, Request};
+use hobble_fuse::{Backing, Caller, Delivery, Fh, LockOwner, NodeId, Reply, Request, Unique};
 use hobble_rules::Decision;
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom, Statx};
 use rustix::io::ReadWriteFlags;
@@ -75,7 +75,8 @@ impl Inner {
     ) {
         let opened = self.node(id).and_then(|node| {
             if let Some(door) = self.doors.get(caller.tid)
-                && let Some(handle) = self.open_for_door(&door, &node, flags, caller)?
+                && let Some(handle) =
+                    self.open_for_door(&door, &node, flags, caller, reply.unique().original())?
             {
                 return Ok(handle);
             }
@@ -87,6 +88,7 @@ impl Inner {
                 adopted: None,
                 flags,
                 opener: caller.tid,
+                made_for: reply.unique().original(),
             }))
         });
         match opened {
@@ -134,6 +136,7 @@ impl Inner {
         node: &Arc<Node>,
         flags: OFlags,
         caller: Caller,
+        made_for: Unique,
     ) -> io::Result<Option<Entered>> {
         let (file, adopted) = match door.purpose() {
             Purpose::Look => return Ok(None),
@@ -158,6 +161,7 @@ impl Inner {
             adopted,
             flags,
             opener: caller.tid,
+            made_for,
         });
         door.note_opened(entered.0.fh);
         Ok(Some(entered))
@@ -179,7 +183,7 @@ impl Inner {
             .and_then(|door| {
                 let stat = crate::store::stat(self.fd_of(node)?.as_fd())?;
                 let entered = self
-                    .open_for_door(&door, node, flags, caller)?
+                    .open_for_door(&door, node, flags, caller, reply.unique().original())?
                     .ok_or_else(|| error(libc::EINVAL))?;
                 self.store.reference(node);
                 Ok((stat, entered))
@@ -216,6 +220,7 @@ impl Inner {
             adopted: None,
             flags,
             opener: caller.tid,
+            made_for: reply.unique().original(),
         });
         self.answer_opened(node, stat, entered, reply, decision);
     }
@@ -289,6 +294,7 @@ impl Inner {
                 flags,
                 direct: false,
                 opener: caller.tid,
+                made_for: reply.unique().original(),
             });
             if bound && let Some(door) = self.doors.get(caller.tid) {
                 door.note_opened(handle.fh);
@@ -377,6 +383,12 @@ impl Inner {
             // Pages written back say nothing about the flags or the caller of any write.
             if !from_cache {
                 handle.follow_flags(flags)?;
+            }
+            if reply.may_be_done()
+                && let Some(before) = self.past.begun(reply.unique())
+                && is_appended(handle.file.as_fd(), before, data)?
+            {
+                return Ok(data.len());
             }
             let how = write_flags(flags, &handle, from_cache);
             let _as_caller = act_as(caller, setid_by(kill_suidgid))?;
@@ -576,6 +588,29 @@ impl Inner {
         let synced = self.store.sync();
         finish(reply, synced);
     }
+}
+
+/// Whether these bytes are somewhere behind what was the end of the file before a write that appends them was begun. Others may have appended too.
+fn is_appended(file: BorrowedFd<'_>, before: u64, data: &[u8]) -> io::Result<bool> {
+    /// More is not looked through: what is appended while a server dies is as much as was under way.
+    const MOST: u64 = 64 << 20;
+    let size = rustix::fs::fstat(file)?.st_size;
+    let added = u64::try_from(size).unwrap_or(0).saturating_sub(before);
+    if data.is_empty() || added < data.len() as u64 {
+        return Ok(false);
+    }
+    // By a description of our own: the program's may not read, and what O_DIRECT demands of a buffer does not matter then.
+    let reader = crate::fd::reopen(file, OFlags::RDONLY | OFlags::CLOEXEC)?;
+    let mut bytes = vec![0; usize::try_from(added.min(MOST)).unwrap_or_default()];
+    let mut filled = 0;
+    while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match rustix::io::pread(&reader, rest, before + filled as u64)? {
+            0 => break,
+            read => filled += read,
+        }
+    }
+    bytes.truncate(filled);
+    Ok(bytes.windows(data.len()).any(|window| window == data))
 }
 
 /// How one write differs from what the description does by itself: RWF_DSYNC and RWF_SYNC arrive as flags of the file (`fuse_write_flags`, fs/fuse/file.c).

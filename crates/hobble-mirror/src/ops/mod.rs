@@ -8,6 +8,7 @@ mod dirs;
 mod files;
 mod lock;
 mod names;
+mod once;
 mod xattrs;
 
 use std::io;

@@ -16,7 +16,23 @@ use crate::door::Door;
 use crate::mirror::Inner;
 use crate::store::{Found, Node, resolve, stat};
 
+/// Success, where an operation may have been done before and this errno is what it gets for being done twice.
+pub(super) fn if_done(reply: &Reply, error: io::Error, twice: i32) -> io::Result<()> {
+    if reply.may_be_done() && error.raw_os_error() == Some(twice) {
+        Ok(())
+    } else {
+        Err(error)
+    }
+}
+
 impl Inner {
+    /// The number of the inode that a name leads to; 0 for none.
+    pub(crate) fn number_of(&self, parent: NodeId, name: &CStr) -> u64 {
+        self.parent(parent)
+            .and_then(|directory| resolve(directory.as_fd(), name))
+            .map_or(0, |found| found.stat.stx_ino)
+    }
+
     pub(super) fn parent(&self, id: NodeId) -> io::Result<Arc<OwnedFd>> {
         let parent = self.node(id)?;
         if !parent.is_dir() {
@@ -145,6 +161,7 @@ impl Inner {
         reply: Reply,
         decision: &Decision,
     ) {
+        let made = made.or_else(|error| if_done(&reply, error, libc::EEXIST));
         match made.and_then(|()| self.find(parent, name)) {
             Ok((node, stat)) => self.answer_entry(&node, &stat, reply, decision),
             Err(error) => fail(reply, &error),
@@ -246,7 +263,8 @@ impl Inner {
                 AtFlags::empty()
             };
             let _as_caller = act_as(caller, setid_of(caller))?;
-            rustix::fs::unlinkat(&*parent_fd, name, flags)?;
+            rustix::fs::unlinkat(&*parent_fd, name, flags)
+                .or_else(|errno| if_done(&reply, errno.into(), libc::ENOENT))?;
             if let Some(node) = known {
                 node.change_names(|names| names.lose(parent, name.to_bytes()));
             }
@@ -268,6 +286,11 @@ impl Inner {
             let moved = self.known(&from, name).map(|(node, _)| node);
             let met = self.known(&to, new_name);
             let exchange = flags.contains(RenameFlags::EXCHANGE);
+            let is_exchanged = exchange
+                && reply.may_be_done()
+                && self.past.begun(reply.unique()).is_some_and(|before| {
+                    moved.as_ref().is_none_or(|moved| moved.inode.number != before)
+                });
             let met = met.map(|(node, found)| {
                 if !exchange {
                     Self::keep_if_last(&node, found);
@@ -276,7 +299,10 @@ impl Inner {
             });
             {
                 let _as_caller = act_as(caller, setid_of(caller))?;
-                rustix::fs::renameat_with(&*from, name, &*to, new_name, flags)?;
+                if !is_exchanged {
+                    rustix::fs::renameat_with(&*from, name, &*to, new_name, flags)
+                        .or_else(|errno| if_done(&reply, errno.into(), libc::ENOENT))?;
+                }
             }
             let (old, new) = ((parent, name.to_bytes()), (new_parent, new_name.to_bytes()));
             if let Some(met) = &met {
@@ -323,13 +349,8 @@ impl Inner {
             let directory = self.parent(parent)?;
             let _as_caller = act_as(caller, setid_of(caller))?;
             // By the descriptor itself, not by following it: this works for symlinks and for O_TMPFILE as well.
-            Ok(rustix::fs::linkat(
-                &*file,
-                c"",
-                &*directory,
-                name,
-                AtFlags::EMPTY_PATH,
-            )?)
+            rustix::fs::linkat(&*file, c"", &*directory, name, AtFlags::EMPTY_PATH)
+                .or_else(|errno| if_done(&reply, errno.into(), libc::EEXIST))
         });
         let found = linked.and_then(|()| self.find(parent, name));
         match found {
@@ -383,7 +404,7 @@ impl Inner {
                 Ok(file) => Some(file),
                 Err(error)
                     if error.raw_os_error() == Some(libc::EEXIST)
-                        && !flags.contains(OFlags::EXCL) =>
+                        && (!flags.contains(OFlags::EXCL) || reply.may_be_done()) =>
                 {
                     None
                 }

@@ -10,6 +10,7 @@ use std::os::fd::AsFd;
 use hobble_fuse::{Caller, NodeId, Reply};
 use rustix::fs::XattrFlags;
 
+use super::names::if_done;
 use super::{act_as, error, fail, finish, setid_by, setid_of};
 use crate::fd::ProcName;
 use crate::mirror::Inner;
@@ -41,7 +42,8 @@ impl Inner {
                 setid_of(caller)
             };
             let _as_caller = act_as(caller, setid)?;
-            Ok(rustix::fs::setxattr(path, name, value, flags)?)
+            rustix::fs::setxattr(path, name, value, flags)
+                .or_else(|errno| if_done(&reply, errno.into(), libc::EEXIST))
         });
         finish(reply, set);
     }
@@ -49,7 +51,8 @@ impl Inner {
     pub(crate) fn removexattr(&self, id: NodeId, name: &CStr, caller: Caller, reply: Reply) {
         let removed = self.with_name(id, |path| {
             let _as_caller = act_as(caller, setid_of(caller))?;
-            Ok(rustix::fs::removexattr(path, name)?)
+            rustix::fs::removexattr(path, name)
+                .or_else(|errno| if_done(&reply, errno.into(), libc::ENODATA))
         });
         finish(reply, removed);
     }

@@ -5,10 +5,11 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags};
 
+use crate::legacy::fact::{Fact, Realm as RealmFact};
 use crate::sys::handle::FileHandle;
 
 /// What a lookup found: an `O_PATH` descriptor and the attributes of the very same inode.
@@ -84,6 +85,25 @@ impl Realm {
         }
     }
 
+    /// The realm of a mirror that has died.
+    pub(crate) fn restore(known: &RealmFact, anchor: Option<OwnedFd>) -> Self {
+        Self {
+            index: known.index,
+            device: known.device,
+            mount: known.mount,
+            anchor,
+        }
+    }
+
+    pub(crate) fn fact(&self) -> Fact {
+        Fact::Realm(RealmFact {
+            index: self.index,
+            device: self.device,
+            mount: self.mount,
+            anchor: self.anchor.as_ref().map(|fd| fd.as_raw_fd()),
+        })
+    }
+
     pub(crate) fn holds(&self, stat: &Statx) -> bool {
         self.device == (stat.stx_dev_major, stat.stx_dev_minor) && self.mount == stat.stx_mnt_id
     }
@@ -129,6 +149,10 @@ impl Native {
             anchor,
             device: (stat.stx_dev_major, stat.stx_dev_minor),
         })
+    }
+
+    pub(crate) fn number(&self) -> i32 {
+        self.anchor.as_raw_fd()
     }
 
     /// What lies at `path`, provided that it is the wanted inode.

@@ -29,6 +29,8 @@ use hobble_fuse::NodeId;
 
 use rustix::fs::OFlags;
 
+use crate::legacy::fact::{self, Fact};
+use crate::legacy::{Claims, Estate, Log};
 use crate::lock::{read, write};
 use crate::sys::handle::FileHandle;
 use backing::{Native, Realm};
@@ -43,6 +45,7 @@ pub(crate) struct Store {
     native: Option<Native>,
     /// Counts renames of directories: paths computed before the last one may be wrong.
     moves: AtomicU64,
+    log: Log,
 }
 
 #[derive(Default)]
@@ -104,6 +107,50 @@ impl Table {
         Ok(node)
     }
 
+    fn slot(&mut self, id: NodeId) -> io::Result<(u32, &mut Slot)> {
+        let invalid = || io::Error::from(io::ErrorKind::InvalidData);
+        let index = (id.0 & 0xffff_ffff).checked_sub(1).ok_or_else(invalid)?;
+        let index = u32::try_from(index).map_err(|_| invalid())?;
+        while self.slots.len() <= index as usize {
+            self.slots.push(Slot {
+                generation: 0,
+                node: None,
+            });
+        }
+        let slot = self.slots.get_mut(index as usize).ok_or_else(invalid)?;
+        Ok((index, slot))
+    }
+
+    /// Puts a node where its id says.
+    fn put(&mut self, id: NodeId, node: Arc<Node>) -> io::Result<()> {
+        let (index, slot) = self.slot(id)?;
+        slot.generation = u32::try_from(id.0 >> 32).unwrap_or(u32::MAX);
+        let inode = node.inode;
+        slot.node = Some(node);
+        self.by_inode.insert(inode, index);
+        Ok(())
+    }
+
+    /// Never uses an id again.
+    fn retire(&mut self, id: NodeId) -> io::Result<()> {
+        let (_, slot) = self.slot(id)?;
+        let used = u32::try_from(id.0 >> 32).unwrap_or(u32::MAX);
+        if slot.node.is_none() {
+            slot.generation = slot.generation.max(used.saturating_add(1));
+        }
+        Ok(())
+    }
+
+    /// Finds out which slots are free.
+    fn list_free(&mut self) {
+        let free = self.slots.iter().enumerate();
+        let free = free.filter(|(_, slot)| slot.node.is_none() && slot.generation < u32::MAX);
+        self.free = free
+            .filter_map(|(index, _)| u32::try_from(index).ok())
+            .rev()
+            .collect();
+    }
+
     /// Removes the node if nobody refers to it any more.
     fn reap(&mut self, id: NodeId) -> Option<Arc<Node>> {
         let unreferenced = self
@@ -134,8 +181,18 @@ impl Store {
         root: OwnedFd,
         native: Option<OwnedFd>,
         descriptors: u64,
+        log: Log,
     ) -> io::Result<Self> {
-        let store = Self {
+        let store = Self::empty(native, descriptors, log)?;
+        let stat = stat(root.as_fd())?;
+        // The root keeps a descriptor of its own: it is used all the time and must be there when descriptors run out.
+        let root = store.acquire(Found { fd: root, stat })?;
+        root.keep_open(&store)?;
+        Ok(store)
+    }
+
+    fn empty(native: Option<OwnedFd>, descriptors: u64, log: Log) -> io::Result<Self> {
+        Ok(Self {
             table: RwLock::default(),
             realms: RwLock::default(),
             directories: DirectoryCache::new(
@@ -146,12 +203,93 @@ impl Store {
             pinned: Pinned::new(usize::try_from(descriptors / 2).unwrap_or(10_000)),
             moves: AtomicU64::new(0),
             native: native.map(Native::new).transpose()?,
-        };
-        let stat = stat(root.as_fd())?;
-        // The root keeps a descriptor of its own: it is used all the time and must be there when descriptors run out.
-        let root = store.acquire(Found { fd: root, stat })?;
-        root.keep_open(&store)?;
+            log,
+        })
+    }
+
+    /// The store of a mirror that has died.
+    pub(crate) fn restore(
+        estate: &mut Estate,
+        claims: &mut Claims,
+        descriptors: u64,
+        log: Log,
+    ) -> io::Result<Self> {
+        let native = estate.native.map(|fd| claims.sole(fd)).transpose()?;
+        let store = Self::empty(native, descriptors, log)?;
+        let mut realms = Vec::new();
+        for (place, realm) in estate.realms.values().enumerate() {
+            if usize::from(realm.index) != place {
+                return Err(io::Error::other("a filesystem of the tree is missing"));
+            }
+            let anchor = realm.anchor.map(|fd| claims.sole(fd)).transpose()?;
+            realms.push(Arc::new(Realm::restore(realm, anchor)));
+        }
+        let mut table = Table::default();
+        for (id, known) in &mut estate.nodes {
+            let place = match &known.place {
+                fact::Place::Handle { kind, bytes } => FileHandle::from_parts(*kind, bytes)
+                    .map(Place::Handle)
+                    .ok_or(io::ErrorKind::InvalidData)?,
+                fact::Place::Descriptor(fd) => Place::Descriptor(claims.get(*fd)?),
+            };
+            let held = matches!(place, Place::Descriptor(_));
+            let inode = Inode {
+                realm: known.realm,
+                number: known.number,
+            };
+            let node = Node::new(NodeId(*id), inode, known.kind, place, store.log.clone());
+            node.lookups.store(known.lookups, Ordering::Release);
+            let kept = known.kept.map(|fd| claims.get(fd)).transpose()?;
+            node.restore(std::mem::take(&mut known.names), kept, known.may_be_mapped);
+            table.put(NodeId(*id), Arc::new(node))?;
+            if held {
+                store.pinned.add(NodeId(*id));
+            }
+        }
+        for id in &estate.gone {
+            table.retire(NodeId(*id))?;
+        }
+        table.list_free();
+        *write(&store.table) = table;
+        *write(&store.realms) = realms;
+        if store.get(NodeId::ROOT).is_none() {
+            return Err(io::Error::other("the root is missing"));
+        }
         Ok(store)
+    }
+
+    /// Says everything that there is to be known of it.
+    pub(crate) fn say_all(&self) {
+        for realm in read(&self.realms).iter() {
+            self.log.say(|| realm.fact());
+        }
+        // Locked for writing: references are counted under the lock for reading.
+        let table = write(&self.table);
+        for slot in &table.slots {
+            match &slot.node {
+                Some(node) => {
+                    self.log.say(|| node.fact());
+                    node.say_all();
+                }
+                // Generations are not to be used again.
+                None => {}
+            }
+        }
+        for (index, slot) in table.slots.iter().enumerate() {
+            if slot.node.is_none()
+                && let (Ok(index), Some(last)) =
+                    (u32::try_from(index), slot.generation.checked_sub(1))
+            {
+                self.log.say(|| Fact::Gone {
+                    id: id_of(index, last).0,
+                });
+            }
+        }
+    }
+
+    fn count(&self, node: &Node, change: i64) {
+        let id = node.id.0;
+        self.log.say(|| Fact::Lookups { id, change });
     }
 
     /// The node with this id; `None` when the kernel names one that it has forgotten.
@@ -200,12 +338,14 @@ impl Store {
             let table = read(&self.table);
             if let Some(node) = table.by_inode(inode).filter(|node| same(node)) {
                 node.lookups.fetch_add(1, Ordering::AcqRel);
+                self.count(node, 1);
                 return Ok(Arc::clone(node));
             }
         }
         let mut table = write(&self.table);
         if let Some(node) = table.by_inode(inode).filter(|node| same(node)) {
             node.lookups.fetch_add(1, Ordering::AcqRel);
+            self.count(node, 1);
             return Ok(Arc::clone(node));
         }
         let Found { fd, stat } = found;
@@ -215,8 +355,10 @@ impl Store {
             None => Place::Descriptor(Arc::new(fd)),
         };
         let node = table.insert(inode, |id| {
-            Node::new(id, inode, u32::from(stat.stx_mode) & libc::S_IFMT, place)
+            let kind = u32::from(stat.stx_mode) & libc::S_IFMT;
+            Node::new(id, inode, kind, place, self.log.clone())
         })?;
+        self.log.say(|| node.fact());
         drop(table);
         if held {
             self.pinned.add(node.id);
@@ -228,6 +370,12 @@ impl Store {
     pub(crate) fn reference(&self, node: &Arc<Node>) {
         let _table = read(&self.table);
         node.lookups.fetch_add(1, Ordering::AcqRel);
+        self.count(node, 1);
+    }
+
+    /// The number of the descriptor of the target's own mount.
+    pub(crate) fn native_number(&self) -> Option<i32> {
+        self.native.as_ref().map(Native::number)
     }
 
     /// Whether there is a mount of the target's own to open files through.
@@ -311,10 +459,18 @@ impl Store {
                 .fetch_update(Ordering::AcqRel, Ordering::Acquire, |count| {
                     Some(count.saturating_sub(references))
                 });
+            self.count(node, i64::try_from(references).unwrap_or(i64::MAX).saturating_neg());
             before.unwrap_or(0) <= references
         };
         if gone {
-            let node = write(&self.table).reap(id);
+            let node = {
+                let mut table = write(&self.table);
+                let node = table.reap(id);
+                if node.is_some() {
+                    self.log.say(|| Fact::Gone { id: id.0 });
+                }
+                node
+            };
             if let Some(node) = node {
                 self.directories.remove(id);
                 if matches!(node.place, Place::Descriptor(_)) {
@@ -402,6 +558,7 @@ impl Store {
         let index =
             u16::try_from(realms.len()).map_err(|_| io::Error::from_raw_os_error(libc::EXDEV))?;
         let realm = Arc::new(Realm::new(index, found));
+        self.log.say(|| realm.fact());
         realms.push(Arc::clone(&realm));
         Ok(realm)
     }

@@ -30,6 +30,22 @@ const MOST: usize = 16;
 const DEEPEST: usize = 2048;
 
 impl Names {
+    /// These, the one used last first.
+    pub(crate) fn of(links: Vec<(u64, Vec<u8>)>) -> Self {
+        let mut links: Vec<Link> = links
+            .into_iter()
+            .map(|(parent, name)| Link {
+                parent: NodeId(parent),
+                name: name.into(),
+            })
+            .collect();
+        match links.len() {
+            0 => Self::None,
+            1 => links.pop().map_or(Self::None, Self::One),
+            _ => Self::Many(links),
+        }
+    }
+
     pub(crate) fn first(&self) -> Option<&Link> {
         self.iter().next()
     }

@@ -3,7 +3,7 @@
 //! Invariant: `place` never changes, so a node is the same backing inode for as long as it lives; every descriptor a node hands out refers to that inode.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -14,6 +14,8 @@ use rustix::fs::OFlags;
 use super::names::Names;
 use super::{Found, Inode, Store};
 use crate::lock::lock;
+use crate::legacy::Log;
+use crate::legacy::fact::{self, Fact};
 use crate::sys::handle::FileHandle;
 
 /// How a node's inode is found again.
@@ -68,6 +70,7 @@ pub(crate) struct Node {
     used: AtomicBool,
     /// A writable shared mapping may exist: its stores change the times, and no request says so.
     pub(crate) may_be_mapped: AtomicBool,
+    log: Log,
 }
 
 #[derive(Default)]
@@ -83,7 +86,7 @@ struct State {
 }
 
 impl Node {
-    pub(super) fn new(id: NodeId, inode: Inode, kind: u32, place: Place) -> Self {
+    pub(super) fn new(id: NodeId, inode: Inode, kind: u32, place: Place, log: Log) -> Self {
         Self {
             id,
             inode,
@@ -94,7 +97,87 @@ impl Node {
             data: Mutex::default(),
             used: AtomicBool::new(false),
             may_be_mapped: AtomicBool::new(false),
+            log,
         }
+    }
+
+    /// What never changes about it, and how often the kernel refers to it. To be said with the table locked.
+    pub(super) fn fact(&self) -> Fact {
+        Fact::Node {
+            id: self.id.0,
+            realm: self.inode.realm,
+            number: self.inode.number,
+            kind: self.kind,
+            place: match &self.place {
+                Place::Handle(handle) => {
+                    let (kind, bytes) = handle.parts();
+                    fact::Place::Handle {
+                        kind,
+                        bytes: bytes.to_vec(),
+                    }
+                }
+                Place::Descriptor(fd) => fact::Place::Descriptor(fd.as_raw_fd()),
+            },
+            lookups: self.lookups.load(Ordering::Acquire),
+        }
+    }
+
+    /// Tells the log what may have changed. `state` is locked meanwhile, so that what is said last is what is so last.
+    fn say_state(&self, state: &State) {
+        self.log.say(|| self.state_fact(state));
+    }
+
+    fn state_fact(&self, state: &State) -> Fact {
+        Fact::State {
+            id: self.id.0,
+            names: state
+                .names
+                .iter()
+                .map(|link| (link.parent.0, link.name.to_vec()))
+                .collect(),
+            kept: state
+                .fd
+                .as_ref()
+                .filter(|_| state.keep)
+                .map(|fd| fd.as_raw_fd()),
+            may_be_mapped: self.may_be_mapped.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Says everything that is to be known of it but [`Node::fact`].
+    pub(super) fn say_all(&self) {
+        self.say_state(&lock(&self.state));
+        let data = lock(&self.data);
+        if data.io.is_some() {
+            self.say_io(&data);
+        }
+    }
+
+    /// Tells the log how its opens do their I/O.
+    pub(crate) fn say_io(&self, data: &Data) {
+        self.log.say(|| Fact::Io {
+            id: self.id.0,
+            io: data.io.as_ref().map(|io| match io {
+                Io::Passthrough(backing) => fact::Io::Passthrough(backing.id().0),
+                Io::Served => fact::Io::Served,
+            }),
+        });
+    }
+
+    /// A writable shared mapping may exist from now on.
+    pub(crate) fn note_mapping(&self) {
+        if !self.may_be_mapped.swap(true, Ordering::Relaxed) {
+            self.say_state(&lock(&self.state));
+        }
+    }
+
+    /// Takes over what a node of the same id was.
+    pub(super) fn restore(&self, links: Vec<(u64, Vec<u8>)>, kept: Option<Arc<OwnedFd>>, may_be_mapped: bool) {
+        let mut state = lock(&self.state);
+        state.keep = kept.is_some();
+        state.fd = kept;
+        state.names = Names::of(links);
+        self.may_be_mapped.store(may_be_mapped, Ordering::Relaxed);
     }
 
     /// What the kernel is told as the generation of this node's id.
@@ -149,9 +232,7 @@ impl Node {
     /// Keeps a descriptor for as long as the node lives, because its last name is about to go.
     pub(crate) fn keep_open(self: &Arc<Self>, store: &Store) -> io::Result<()> {
         let fd = self.fd(store)?;
-        let mut state = lock(&self.state);
-        state.fd.get_or_insert(fd);
-        state.keep = true;
+        self.keep(fd);
         Ok(())
     }
 
@@ -160,6 +241,7 @@ impl Node {
         let mut state = lock(&self.state);
         state.fd.get_or_insert(fd);
         state.keep = true;
+        self.say_state(&state);
     }
 
     /// Whether it holds a descriptor for good: its last name went through the hook.
@@ -191,6 +273,7 @@ impl Node {
         if changed {
             state.changes += 1;
             state.matched = None;
+            self.say_state(&state);
         }
         changed
     }

@@ -55,6 +55,22 @@ impl FileHandle {
         })
     }
 
+    /// Its kind and bytes, to be put together again by [`FileHandle::from_parts`].
+    pub(crate) fn parts(&self) -> (i32, &[u8]) {
+        (self.kind, self.bytes())
+    }
+
+    /// The handle of which these are the parts; `None` when there are too many bytes.
+    pub(crate) fn from_parts(kind: i32, bytes: &[u8]) -> Option<Self> {
+        let mut raw = Raw {
+            bytes: libc::c_uint::try_from(bytes.len()).ok()?,
+            kind,
+            data: [0; MAX],
+        };
+        raw.data.get_mut(..bytes.len())?.copy_from_slice(bytes);
+        Self::from_raw(&raw)
+    }
+
     fn bytes(&self) -> &[u8] {
         match &self.data {
             Data::Inline { len, bytes } => bytes.get(..usize::from(*len)).unwrap_or_default(),

@@ -6,9 +6,11 @@
 
 pub(crate) mod handle;
 pub(crate) mod identity;
+pub(crate) mod inherit;
 pub(crate) mod ioctl;
 pub(crate) mod lock;
 pub(crate) mod path;
+pub(crate) mod shared;
 pub(crate) mod thread;
 
 use std::io;
