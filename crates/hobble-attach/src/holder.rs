@@ -29,8 +29,8 @@ const SIGNALS: [i32; 4] = [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT, libc::SIG
 const RECOVERY_TRIES: u32 = 5;
 /// How often is looked whether the server is dead without having ended.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// A server that lived no longer is as good as none.
-const SHORT_LIFE: Duration = Duration::from_millis(500);
+/// A server that lived no longer is as good as none: what it was asked may be what kills it.
+const SHORT_LIFE: Duration = Duration::from_millis(150);
 /// So many of those in a row, and the hook is undone instead.
 const SHORT_LIVES: u32 = 10;
 /// How long a server may give no sign of life: one that is stopped, or has no memory left to run in.

@@ -348,10 +348,6 @@ impl Hook {
                 return Err(failed(error.into()));
             }
         };
-        if let Err(errno) = server.kernel().resend() {
-            std::mem::forget((mirror, server));
-            return Err(failed(errno.into()));
-        }
         *served.lock().unwrap_or_else(PoisonError::into_inner) = Some(mirror.clone());
         let hook = Self {
             server,

@@ -70,13 +70,14 @@ fn millis(duration: Duration) -> u64 {
 
 /// The descriptors that are open.
 pub(crate) fn open_numbers() -> BTreeSet<RawFd> {
-    std::fs::read_dir("/proc/self/fd")
+    let mut numbers: BTreeSet<RawFd> = std::fs::read_dir("/proc/self/fd")
         .into_iter()
         .flatten()
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        // The one by which this is read, which is closed by now.
-        .filter(|number| sys::is_open(*number))
-        .collect()
+        .collect();
+    // The one by which this was read is closed by now: its number will be something else's.
+    numbers.retain(|number| sys::is_open(*number));
+    numbers
 }
 
 impl Engine {
@@ -245,6 +246,8 @@ fn take_over(
             || used.contains(&number)
             || lifeline.as_ref().is_some_and(|ours| ours.as_raw_fd() == number)
     });
+    // The next successor has less to read.
+    hook.mirror().tidy_legacy();
     engine.hook = Some(hook);
     engine.moved_in = true;
     let is_busy = note.as_ref().is_none_or(|note| note.is_busy || note.is_ending);

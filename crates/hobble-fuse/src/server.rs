@@ -16,6 +16,7 @@ use crate::buffer::Pool;
 use crate::decode::{DecodeError, Op, Protocol};
 use crate::device::{Device, Metrics, bump};
 use crate::ids::Unique;
+use crate::features::Features;
 use crate::kernel::Kernel;
 use crate::negotiate::{self, Config, Negotiated};
 use crate::opcode::Opcode;
@@ -104,6 +105,9 @@ pub enum StartError {
     /// The kernel did not take our answer.
     #[error("the kernel refused the answer to INIT")]
     Refused,
+    /// The kernel does not hand out again what a dead server had taken.
+    #[error("the kernel does not hand out requests again")]
+    Resend(#[source] Errno),
     /// No thread.
     #[error("cannot start a thread")]
     Thread(#[source] std::io::Error),
@@ -130,14 +134,15 @@ impl Server {
     ) -> Result<Self, StartError> {
         let device = device.into();
         let negotiated = negotiate::handshake(&device, config)?;
-        Self::resume(device, service, config, negotiated)
+        let kernel = Kernel::start(device.clone()).map_err(StartError::Thread)?;
+        Self::serve(device, kernel, service, config, negotiated)
     }
 
     /// Serves a connection whose INIT was answered before, by a server that has died. Requests that it had read and not
-    /// answered come again after [`Kernel::resend`].
+    /// answered are handed out again, marked ([`Unique::is_resent`]), if `Features::HAS_RESEND` was agreed on; else nobody answers them.
     ///
     /// # Errors
-    /// When no thread can be started.
+    /// When no thread can be started, or the kernel does not hand out again what it should.
     pub fn resume(
         device: impl Into<Device>,
         service: Arc<dyn Service>,
@@ -146,6 +151,20 @@ impl Server {
     ) -> Result<Self, StartError> {
         let device = device.into();
         let kernel = Kernel::start(device.clone()).map_err(StartError::Thread)?;
+        if negotiated.features.contains(Features::HAS_RESEND) {
+            // Before anything is read: what we had read ourselves would be handed out twice.
+            kernel.resend().map_err(StartError::Resend)?;
+        }
+        Self::serve(device, kernel, service, config, negotiated)
+    }
+
+    fn serve(
+        device: Device,
+        kernel: Kernel,
+        service: Arc<dyn Service>,
+        config: &Config,
+        negotiated: Negotiated,
+    ) -> Result<Self, StartError> {
         service.started(&kernel, &negotiated);
         // The largest SETXATTR (64 KiB and a name) has to fit too, else the kernel fails it with E2BIG.
         let payload = usize::try_from(negotiated.max_write)

@@ -261,6 +261,11 @@ impl Mirror {
         Features::MIRROR.difference(Features::CACHE_SYMLINKS.union(Features::ATOMIC_O_TRUNC))
     }
 
+    /// Writes the log of what a successor must know anew, so that it is as short as can be. Done by itself from time to time; worth while after [`Mirror::resume`].
+    pub fn tidy_legacy(&self) {
+        self.inner.log.rewrite(|| self.inner.say_all());
+    }
+
     /// Puts a plan in force (or none) for all operations that arrive from now on. `origin` is when injection began. Has the kernel drop what it has cached and that
     /// would hide a rule or was made up by one, and says which open files are in the wrong I/O mode.
     ///
