@@ -60,7 +60,10 @@ impl Board {
     pub(crate) fn last_events(&self, most: usize) -> (Vec<Event>, u64) {
         let state = self.lock();
         let first = state.events.len().saturating_sub(most);
-        (state.events.iter().skip(first).cloned().collect(), state.next)
+        (
+            state.events.iter().skip(first).cloned().collect(),
+            state.next,
+        )
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {

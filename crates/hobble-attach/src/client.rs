@@ -310,7 +310,7 @@ pub struct Events {
 }
 
 /// How long a server gets to take over from one that has died, before its followers give up.
-const TAKEN_OVER_WITHIN: Duration = Duration::from_secs(10);
+const TAKEN_OVER_WITHIN: Duration = Duration::from_secs(5);
 
 impl Events {
     /// The next event; `Ok(None)` when none came within `timeout` or, see [`Events::ended`], none will come. A follower whose server dies goes on with the one that takes

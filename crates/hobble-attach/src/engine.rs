@@ -510,7 +510,11 @@ impl Engine {
     }
 
     /// Reads and checks a document for this attachment.
-    pub(crate) fn check(&self, document: &serde_json::Value, step: Step) -> Result<Experiment, AttachError> {
+    pub(crate) fn check(
+        &self,
+        document: &serde_json::Value,
+        step: Step,
+    ) -> Result<Experiment, AttachError> {
         let only = self
             .hook
             .as_ref()
@@ -546,6 +550,8 @@ impl Engine {
             status.phase = Phase::Attached;
             status.deadline = deadline;
         });
+        // Whoever hears of it may rely on it, whatever becomes of this server.
+        self.note();
         self.board.publish(EventKind::Injecting(Rules {
             seed,
             rules: self.rule_names(),
@@ -603,6 +609,7 @@ impl Engine {
         self.document = Some(document.clone());
         self.board.edit(|status| status.seed = seed);
         let rules = self.rule_names();
+        self.note();
         self.board.publish(EventKind::Updated(Rules {
             seed,
             rules: rules.clone(),
@@ -618,6 +625,7 @@ impl Engine {
         self.put_in_force(None, Step::Update)?;
         self.paused = true;
         self.board.edit(|status| status.paused = true);
+        self.note();
         self.board.publish(EventKind::Paused {});
         Ok(())
     }
@@ -634,6 +642,7 @@ impl Engine {
         self.put_in_force(plan, Step::Update)?;
         self.paused = false;
         self.board.edit(|status| status.paused = false);
+        self.note();
         self.board.publish(EventKind::Resumed {});
         Ok(())
     }

@@ -128,7 +128,11 @@ fn hold(config: ServeConfig, lifeline: UnixStream) -> i32 {
         if is_serving(legacy.as_ref(), server) && code != Some(NEEDS_RECOVERY) {
             // It had taken over, or was the first: whoever comes next has all tries.
             tries = 0;
-            took_over = if since.elapsed() < SHORT_LIFE { took_over + 1 } else { 0 };
+            took_over = if since.elapsed() < SHORT_LIFE {
+                took_over + 1
+            } else {
+                0
+            };
         }
         match code {
             Some(DONE) => return DONE,
@@ -204,7 +208,11 @@ fn wait_for(server: i32, legacy: Option<&Legacy>, told_to_end: &mut bool) -> Opt
             && is_serving(legacy, server)
             && let Some(why) = legacy.and_then(|legacy| watch.look(legacy))
         {
-            tracing::error!(server, why, "the server is killed, so that another can take over");
+            tracing::error!(
+                server,
+                why,
+                "the server is killed, so that another can take over"
+            );
             let _ = rustix::process::kill_process(pid, Signal::KILL);
         }
         match sys::wait_signal(&SIGNALS, LOOK_EVERY) {

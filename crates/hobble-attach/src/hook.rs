@@ -17,14 +17,12 @@ use hobble_fuse::mount::{self, MountOptions};
 use hobble_fuse::{Features, Server, Service, Tid};
 use hobble_graft::census::{Description, Directory, FileFacts, MappedFile};
 use hobble_graft::ids::{Device, ProcessId};
-use hobble_graft::proc::tree::MountNamespaceId;
 use hobble_graft::proc::locks::{LockClass, LockKind};
+use hobble_graft::proc::tree::MountNamespaceId;
 use hobble_graft::stop::Deadline;
 use hobble_mirror::adopt::{AdoptedId, Adoption, HandleId};
 use hobble_mirror::locks::{self, LockRange, RangeLock};
-use hobble_mirror::{
-    Caching, CallerFacts, Callers, Config, Everybody, Legacy, Mirror, PlanChange,
-};
+use hobble_mirror::{Caching, CallerFacts, Callers, Config, Everybody, Legacy, Mirror, PlanChange};
 use hobble_rules::Plan;
 
 use crate::control::Command;
@@ -553,7 +551,10 @@ impl Hook {
             .mount()
             .map_err(|error| AttachError::io(Step::Mount, "place the hook", error))?;
         let Ground::Volume(volume) = &self.ground else {
-            return Err(AttachError::new(Step::Mount, "the hook was placed by another server"));
+            return Err(AttachError::new(
+                Step::Mount,
+                "the hook was placed by another server",
+            ));
         };
         let placed = volume.place(mount, record);
         self.was_placed = true;

@@ -200,7 +200,7 @@ fn is_served(dir: &AttachmentDir) -> bool {
 
 /// What the holder runs when the server has died: the same undoing, in a process that shares the holder's descriptors.
 pub(crate) fn successor(config: &ServeConfig, holder: Pid) -> i32 {
-    hang_up();
+    hang_up(None);
     let dir =
         StateDir::open(&config.state_dir, false).and_then(|state| state.attachment(&config.id));
     let result = match dir {
@@ -234,7 +234,9 @@ fn outcome(result: Result<(), AttachError>, failed: i32) -> i32 {
 }
 
 /// Ends the conversations of the dead server: its sockets live on in the table that we share with the holder, and whoever is connected would wait for ever.
-pub(crate) fn hang_up() {
+///
+/// The session's lifeline, `but`, is left alone by who takes over.
+pub(crate) fn hang_up(but: Option<i32>) {
     let Ok(list) = std::fs::read_dir("/proc/self/fd") else {
         return;
     };
@@ -247,6 +249,7 @@ pub(crate) fn hang_up() {
         .filter_map(Result::ok)
         .filter(|entry| is_socket(&entry.path()))
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|number| Some(*number) != but)
         .collect();
     let Ok(own) = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())
     else {

@@ -327,10 +327,7 @@ fn watch_signals(engine: mpsc::Sender<Command>) -> std::io::Result<()> {
 }
 
 /// Gives the number of our end of the lifeline.
-fn watch_lifeline(
-    lifeline: &UnixStream,
-    engine: mpsc::Sender<Command>,
-) -> std::io::Result<RawFd> {
+fn watch_lifeline(lifeline: &UnixStream, engine: mpsc::Sender<Command>) -> std::io::Result<RawFd> {
     let mut lifeline = lifeline.try_clone()?;
     let number = lifeline.as_raw_fd();
     lifeline.set_read_timeout(None)?;

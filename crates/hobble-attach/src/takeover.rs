@@ -178,7 +178,12 @@ fn take_over(
         return Ok(None);
     };
     server::settle_in();
-    recover::hang_up();
+    let note = legacy.last_note().map_err(|error| {
+        AttachError::io(Step::Serve, "read what the dead server has noted", error)
+    })?;
+    // None before it was attached.
+    let note: Option<Note> = serde_json::from_slice(&note).ok();
+    recover::hang_up(note.as_ref().and_then(|note| note.lifeline));
     let story = &claim.story;
     let journal = claim.journal.try_clone().map_err(|error| {
         AttachError::new(Step::Recover, "the journal cannot be written").because(error)
@@ -189,12 +194,6 @@ fn take_over(
             AttachError::new(Step::Recover, "the ledger cannot be written").because(error)
         })?;
     let ledger = Ledger::new(ledger, &read_ledger(&dir));
-    let note: Option<Note> = serde_json::from_slice(
-        &legacy
-            .last_note()
-            .map_err(|error| AttachError::io(Step::Serve, "read what the dead server has noted", error))?,
-    )
-    .ok();
     let board = Arc::new(match &note {
         Some(note) => Board::going_on(note.status.clone(), note.events.clone(), note.next_event),
         None => Board::new(server::first_status(config, holder)),
@@ -210,17 +209,22 @@ fn take_over(
         commands,
         engine_in.clone(),
         Some(legacy.clone()),
-        known.filter_map(|who| crate::story::process(*who)).collect(),
+        known
+            .filter_map(|who| crate::story::process(*who))
+            .collect(),
     );
     let inherited = Inherited {
         device: Device::from_raw(story.hook_dev),
         target: story.target,
-        path: std::path::PathBuf::from(<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(
-            story.path.clone(),
-        )),
+        path: std::path::PathBuf::from(
+            <std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(story.path.clone()),
+        ),
         namespace: MountNamespaceId(story.mount_ns),
         around: story.placing.map(Into::into),
-        ground: note.as_ref().map(|note| note.ground.clone()).unwrap_or_default(),
+        ground: note
+            .as_ref()
+            .map(|note| note.ground.clone())
+            .unwrap_or_default(),
     };
     let (hook, used) = Hook::take_over(
         inherited,
@@ -244,13 +248,17 @@ fn take_over(
     sweep(&dead, |number| {
         own.contains(&number)
             || used.contains(&number)
-            || lifeline.as_ref().is_some_and(|ours| ours.as_raw_fd() == number)
+            || lifeline
+                .as_ref()
+                .is_some_and(|ours| ours.as_raw_fd() == number)
     });
     // The next successor has less to read.
     hook.mirror().tidy_legacy();
     engine.hook = Some(hook);
     engine.moved_in = true;
-    let is_busy = note.as_ref().is_none_or(|note| note.is_busy || note.is_ending);
+    let is_busy = note
+        .as_ref()
+        .is_none_or(|note| note.is_busy || note.is_ending);
     if is_busy {
         recover::clean_up(story, &engine.journal);
     }
@@ -283,9 +291,9 @@ impl Engine {
             Instant::now().checked_sub(ago)
         };
         self.began = note.began.and_then(ago);
-        self.deadline = note.deadline.map(|at| {
-            Instant::now() + Duration::from_millis(at.saturating_sub(boot_time()))
-        });
+        self.deadline = note
+            .deadline
+            .map(|at| Instant::now() + Duration::from_millis(at.saturating_sub(boot_time())));
         self.document.clone_from(&note.document);
         self.paused = note.status.paused;
         let plan = match self.noted_plan(note) {
@@ -327,7 +335,10 @@ fn sweep(dead: &BTreeSet<RawFd>, is_used: impl Fn(RawFd) -> bool) {
         .filter(|number| !is_used(**number))
         .filter_map(|number| sys::take(*number).ok())
         .collect();
-    tracing::debug!(descriptors = leftovers.len(), "closing what a dead server had open");
+    tracing::debug!(
+        descriptors = leftovers.len(),
+        "closing what a dead server had open"
+    );
     let swept = std::thread::Builder::new()
         .name("hobble-sweep".into())
         .spawn(move || drop(leftovers));

@@ -13,11 +13,11 @@ use hobble_api::exit::ExitCode;
 use hobble_api::status::NotCovered;
 use hobble_graft::census::{FileFacts, FileKind};
 use hobble_graft::ids::{Device, ProcessId};
-use hobble_graft::proc::tree::MountNamespaceId;
 use hobble_graft::mounts::{
     self, Covering, Filesystem, Location, MountNamespace, MountsError, PropagationRecord,
 };
 use hobble_graft::proc::mountinfo::Propagation;
+use hobble_graft::proc::tree::MountNamespaceId;
 use hobble_graft::proc::{mountinfo, tree};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::mount::MountAttrFlags;

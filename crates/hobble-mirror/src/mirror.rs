@@ -176,7 +176,9 @@ impl Mirror {
             Features::from_bits_retain(served.features).contains(Features::HAS_RESEND)
         });
         if !can_resend {
-            let error = std::io::Error::other("this kernel does not hand out again what a dead server had taken (Linux 6.9)");
+            let error = std::io::Error::other(
+                "this kernel does not hand out again what a dead server had taken (Linux 6.9)",
+            );
             return Err(MirrorError::Legacy(error));
         }
         let mut claims = Claims::default();

@@ -30,6 +30,8 @@ pub enum Program {
     FilesJava,
     /// Operations on demand, counted and timed.
     Ops,
+    /// What must not be done twice, all the while, without forgiving an error.
+    Once,
     /// Dirtied private and shared mappings.
     Maps,
     /// Holds locks.
@@ -95,6 +97,7 @@ impl Program {
             Program::Ops => ("ops", c(include_str!("../targets/ops.c"), THREADS)),
             Program::Maps => ("maps", c(include_str!("../targets/maps.c"), THREADS)),
             Program::Locks => ("locks", c(include_str!("../targets/locks.c"), THREADS)),
+            Program::Once => ("once", c(include_str!("../targets/once.c"), THREADS)),
             Program::Outsider => (
                 "outsider",
                 c(include_str!("../targets/outsider.c"), THREADS),

@@ -58,6 +58,7 @@ impl Hook {
             volume: b"/volume".to_vec(),
             caching: Caching::default(),
             passthrough: true,
+            legacy: None,
         };
         let mirror = Mirror::new(config, Arc::new(Everybody)).unwrap();
         let new = mount::create(&MountOptions::default())

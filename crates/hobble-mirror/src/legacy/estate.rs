@@ -7,8 +7,8 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
-use super::fact::{Adopted, Fact, Handle, Io, Locks, Place, Realm, Served};
 use super::Legacy;
+use super::fact::{Adopted, Fact, Handle, Io, Locks, Place, Realm, Served};
 use crate::sys::inherit;
 
 /// What is known of one node.
@@ -85,16 +85,13 @@ impl Estate {
             .handles
             .retain(|_, handle| !is_orphan(handle) && nodes.contains_key(&handle.node));
         estate.locks.retain(|node, _| nodes.contains_key(node));
-        estate.adopted.retain(|_, adopted| nodes.contains_key(&adopted.node));
+        estate
+            .adopted
+            .retain(|_, adopted| nodes.contains_key(&adopted.node));
         Ok(estate)
     }
 
-    fn take(
-        &mut self,
-        fact: Fact,
-        states: &mut HashMap<u64, State>,
-        ios: &mut HashMap<u64, Io>,
-    ) {
+    fn take(&mut self, fact: Fact, states: &mut HashMap<u64, State>, ios: &mut HashMap<u64, Io>) {
         match fact {
             Fact::Mirror { volume, native } => {
                 self.volume = volume;
@@ -210,7 +207,9 @@ impl Claims {
     /// A descriptor that several things may have.
     pub(crate) fn get(&mut self, number: RawFd) -> io::Result<Arc<OwnedFd>> {
         if self.sole.contains(&number) {
-            return Err(io::Error::other(format!("descriptor {number} has an owner already")));
+            return Err(io::Error::other(format!(
+                "descriptor {number} has an owner already"
+            )));
         }
         if let Some(fd) = self.shared.get(&number) {
             return Ok(Arc::clone(fd));
@@ -223,7 +222,9 @@ impl Claims {
     /// A descriptor that one thing has.
     pub(crate) fn sole(&mut self, number: RawFd) -> io::Result<OwnedFd> {
         if self.shared.contains_key(&number) || self.sole.contains(&number) {
-            return Err(io::Error::other(format!("descriptor {number} has an owner already")));
+            return Err(io::Error::other(format!(
+                "descriptor {number} has an owner already"
+            )));
         }
         let fd = inherit::claim(number)?;
         self.sole.insert(fd.as_raw_fd());

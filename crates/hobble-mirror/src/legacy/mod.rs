@@ -12,8 +12,8 @@
 //!
 //! A log that overflows is given up: taking over is then refused, and the hook is undone without it.
 
-pub(crate) mod fact;
 mod estate;
+pub(crate) mod fact;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -101,7 +101,10 @@ impl Legacy {
 
     /// A sign of life of whoever serves.
     pub fn beat(&self) {
-        self.inner.memory.word(BEATS).fetch_add(1, Ordering::Relaxed);
+        self.inner
+            .memory
+            .word(BEATS)
+            .fetch_add(1, Ordering::Relaxed);
     }
 
     /// How many signs of life there were.
@@ -112,7 +115,10 @@ impl Legacy {
 
     /// Says until when whoever serves is to be done, in milliseconds of `CLOCK_BOOTTIME`; 0 for no limit.
     pub fn set_deadline(&self, at: u64) {
-        self.inner.memory.word(DEADLINE).store(at, Ordering::Relaxed);
+        self.inner
+            .memory
+            .word(DEADLINE)
+            .store(at, Ordering::Relaxed);
     }
 
     /// What was last said by [`Legacy::set_deadline`].
@@ -176,7 +182,9 @@ impl Legacy {
     fn is_due(&self) -> bool {
         let inner = &*self.inner;
         let [first, second] = TAILS;
-        let tail = inner.memory.word(if inner.active() == 0 { first } else { second });
+        let tail = inner
+            .memory
+            .word(if inner.active() == 0 { first } else { second });
         tail.load(Ordering::Relaxed) >= inner.due.load(Ordering::Relaxed)
     }
 
@@ -261,9 +269,10 @@ impl Inner {
             }
             let end = at + bytes.len() as u64;
             let fits = end <= self.half as u64
-                && self
-                    .memory
-                    .write(self.start_of(active) + usize::try_from(at).unwrap_or(usize::MAX / 2), &bytes);
+                && self.memory.write(
+                    self.start_of(active) + usize::try_from(at).unwrap_or(usize::MAX / 2),
+                    &bytes,
+                );
             if fits {
                 tail.store(end, Ordering::Release);
             }
@@ -271,7 +280,9 @@ impl Inner {
             fits
         });
         if !fits && self.memory.word(OVERFLOWN).swap(1, Ordering::Relaxed) == 0 {
-            tracing::error!("the log of what a successor must know is full: should this server die, the hook is undone without it");
+            tracing::error!(
+                "the log of what a successor must know is full: should this server die, the hook is undone without it"
+            );
         }
     }
 
@@ -341,7 +352,9 @@ impl Log {
             let unique = unique.original().0;
             let mut writer = lock(&legacy.inner.writer);
             writer.begun.insert(unique, before);
-            legacy.inner.put(&mut writer, &Fact::Begun { unique, before });
+            legacy
+                .inner
+                .put(&mut writer, &Fact::Begun { unique, before });
         }
     }
 
@@ -362,11 +375,14 @@ impl Witness for Inner {
         if writer.answers.len() > ANSWERS {
             writer.answers.pop_front();
         }
-        self.put(&mut writer, &Fact::Answered {
-            unique: unique.0,
-            error,
-            bytes,
-        });
+        self.put(
+            &mut writer,
+            &Fact::Answered {
+                unique: unique.0,
+                error,
+                bytes,
+            },
+        );
     }
 }
 
@@ -403,7 +419,13 @@ mod tests {
         let facts = legacy.facts().unwrap();
         assert!(!facts.iter().any(|fact| matches!(fact, Fact::Arrivals(1))));
         assert!(facts.iter().any(|fact| matches!(fact, Fact::Arrivals(2))));
-        assert!(facts.iter().any(|fact| matches!(fact, Fact::Begun { unique: 7, before: 9 })));
+        assert!(facts.iter().any(|fact| matches!(
+            fact,
+            Fact::Begun {
+                unique: 7,
+                before: 9
+            }
+        )));
         assert_eq!(notes(&legacy), [b"a".to_vec()]);
     }
 
@@ -412,11 +434,15 @@ mod tests {
         let legacy = Legacy::new().unwrap();
         let log = Log::new(Some(legacy.clone()));
         log.begin(Unique(7), 0);
-        log.witness().unwrap().answering(Unique(7), -2, &[b"ab", b"c"]);
+        log.witness()
+            .unwrap()
+            .answering(Unique(7), -2, &[b"ab", b"c"]);
         legacy.rewrite(|| {});
         let facts = legacy.facts().unwrap();
         assert!(!facts.iter().any(|fact| matches!(fact, Fact::Begun { .. })));
-        assert!(facts.iter().any(|fact| matches!(fact, Fact::Answered { unique: 7, error: -2, bytes } if bytes == b"abc")));
+        assert!(facts.iter().any(
+            |fact| matches!(fact, Fact::Answered { unique: 7, error: -2, bytes } if bytes == b"abc")
+        ));
     }
 
     #[test]

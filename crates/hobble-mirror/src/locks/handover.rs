@@ -218,9 +218,7 @@ impl Handover {
                     .callers
                     .holds_locks_on(wider.file.as_fd(), held.pid);
             }
-            inode
-                .closing
-                .extend(inode.files.insert(id.owner, wider));
+            inode.closing.extend(inode.files.insert(id.owner, wider));
             self.table.say(&mut state, id.node);
         }
         self.joined = Some(Joined {

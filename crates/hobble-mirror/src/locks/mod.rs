@@ -196,7 +196,10 @@ impl LockTable {
                     end: held.end,
                 };
                 let owner = owner_of(held.owner);
-                let through = known.through.iter().filter(|(other, _)| *other == held.owner);
+                let through = known
+                    .through
+                    .iter()
+                    .filter(|(other, _)| *other == held.owner);
                 for (_, fh) in through {
                     inode.table.set(owner, Fh(*fh), held.pid, Some(kind), range);
                 }
@@ -331,7 +334,8 @@ impl InodeLocks {
             wider.set(Some(held.kind), held.range)?;
         }
         callers.holds_locks_on(wider.file.as_fd(), ask.pid);
-        self.closing.extend(self.files.insert(ask.owner, wider.clone()));
+        self.closing
+            .extend(self.files.insert(ask.owner, wider.clone()));
         Ok(wider)
     }
 
@@ -356,9 +360,7 @@ impl InodeLocks {
     /// Forgets what `owner` holds; on the backing file too, unless the locks go on there without us (`leave`).
     fn drop_owner(&mut self, owner: Owner, leave: bool) -> bool {
         if let Some(description) = self.files.remove(&owner) {
-            if !leave
-                && let Err(error) = description.set(None, EVERYTHING)
-            {
+            if !leave && let Err(error) = description.set(None, EVERYTHING) {
                 tracing::warn!(%error, "could not unlock a backing file; it is unlocked when its description is closed");
             }
             self.closing.push(description);
@@ -607,32 +609,32 @@ impl LockTable {
                 }) => {
                     let node = ask.node;
                     match result {
-                    Ok(()) => {
-                        let inode = state.inodes.entry(ask.node).or_default();
-                        let current = inode.files.entry(ask.owner).or_insert_with(|| {
-                            self.callers.holds_locks_on(file.as_fd(), ask.pid);
-                            Description {
-                                file: Arc::clone(&file),
-                                access: OFlags::RDWR,
+                        Ok(()) => {
+                            let inode = state.inodes.entry(ask.node).or_default();
+                            let current = inode.files.entry(ask.owner).or_insert_with(|| {
+                                self.callers.holds_locks_on(file.as_fd(), ask.pid);
+                                Description {
+                                    file: Arc::clone(&file),
+                                    access: OFlags::RDWR,
+                                }
+                            });
+                            if Arc::ptr_eq(&current.file, &file) {
+                                inode
+                                    .table
+                                    .set(ask.owner, ask.fh, ask.pid, ask.kind, ask.range);
+                                answers.push((reply, Ok(())));
+                            } else {
+                                // The owner's description was changed meanwhile: what this one holds goes, and all begins again.
+                                drop(file);
+                                self.attempt(&mut state, ask, reply, &mut answers);
                             }
-                        });
-                        if Arc::ptr_eq(&current.file, &file) {
-                            inode
-                                .table
-                                .set(ask.owner, ask.fh, ask.pid, ask.kind, ask.range);
-                            answers.push((reply, Ok(())));
-                        } else {
-                            // The owner's description was changed meanwhile: what this one holds goes, and all begins again.
-                            drop(file);
-                            self.attempt(&mut state, ask, reply, &mut answers);
                         }
-                    }
-                    Err(error) => {
-                        if let Some(inode) = state.inodes.get_mut(&ask.node) {
-                            inode.tidy(ask.owner);
+                        Err(error) => {
+                            if let Some(inode) = state.inodes.get_mut(&ask.node) {
+                                inode.tidy(ask.owner);
+                            }
+                            answers.push((reply, Err(error)));
                         }
-                        answers.push((reply, Err(error)));
-                    }
                     }
                     self.say(&mut state, node);
                     state.forget_if_idle(node);

@@ -289,7 +289,9 @@ impl Inner {
             let is_exchanged = exchange
                 && reply.may_be_done()
                 && self.past.begun(reply.unique()).is_some_and(|before| {
-                    moved.as_ref().is_none_or(|moved| moved.inode.number != before)
+                    moved
+                        .as_ref()
+                        .is_none_or(|moved| moved.inode.number != before)
                 });
             let met = met.map(|(node, found)| {
                 if !exchange {

@@ -459,7 +459,12 @@ impl Store {
                 .fetch_update(Ordering::AcqRel, Ordering::Acquire, |count| {
                     Some(count.saturating_sub(references))
                 });
-            self.count(node, i64::try_from(references).unwrap_or(i64::MAX).saturating_neg());
+            self.count(
+                node,
+                i64::try_from(references)
+                    .unwrap_or(i64::MAX)
+                    .saturating_neg(),
+            );
             before.unwrap_or(0) <= references
         };
         if gone {

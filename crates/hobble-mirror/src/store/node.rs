@@ -13,9 +13,9 @@ use rustix::fs::OFlags;
 
 use super::names::Names;
 use super::{Found, Inode, Store};
-use crate::lock::lock;
 use crate::legacy::Log;
 use crate::legacy::fact::{self, Fact};
+use crate::lock::lock;
 use crate::sys::handle::FileHandle;
 
 /// How a node's inode is found again.
@@ -172,7 +172,12 @@ impl Node {
     }
 
     /// Takes over what a node of the same id was.
-    pub(super) fn restore(&self, links: Vec<(u64, Vec<u8>)>, kept: Option<Arc<OwnedFd>>, may_be_mapped: bool) {
+    pub(super) fn restore(
+        &self,
+        links: Vec<(u64, Vec<u8>)>,
+        kept: Option<Arc<OwnedFd>>,
+        may_be_mapped: bool,
+    ) {
         let mut state = lock(&self.state);
         state.keep = kept.is_some();
         state.fd = kept;

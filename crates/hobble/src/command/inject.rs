@@ -26,6 +26,9 @@ use crate::signals::Signals;
 /// How often the wait for events looks for signals.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// How long another server gets to take over from a dead one.
+const TAKEN_OVER_WITHIN: Duration = Duration::from_secs(5);
+
 /// How long the holder of a dead server may take to put everything back.
 const HOLDER_WITHIN: Duration = Duration::from_secs(30);
 
@@ -50,6 +53,7 @@ pub(crate) fn run(intent: &intent::Inject, out: &mut Out) -> Outcome<()> {
         injecting: false,
         retried: false,
         watch: None,
+        dead_since: None,
         told: BTreeSet::new(),
     };
     foreground.run(out)
@@ -96,6 +100,8 @@ struct Foreground<'a> {
     /// An attempt to put everything back has failed.
     retried: bool,
     watch: Option<Watch>,
+    /// When the server was found to be dead.
+    dead_since: Option<Instant>,
     /// Codes of what has been told to be degraded.
     told: BTreeSet<String>,
 }
@@ -120,7 +126,7 @@ impl Foreground<'_> {
                     return Err(self.lost(error, out));
                 }
                 Ok(None) if self.session.ended() => return Err(self.ended_without_a_word()),
-                Ok(None) if self.watch.as_ref().is_some_and(Watch::server_is_dead) => {
+                Ok(None) if self.is_without_server() => {
                     return Err(self.lost(AttachError::new(Step::Control, "the server died"), out));
                 }
                 Ok(None) => {
@@ -168,6 +174,21 @@ impl Foreground<'_> {
                 _ => {}
             }
         }
+    }
+
+    /// Whether the server is dead, and nobody has taken over in time. Whoever has is watched from then on.
+    fn is_without_server(&mut self) -> bool {
+        if !self.watch.as_ref().is_some_and(Watch::server_is_dead) {
+            self.dead_since = None;
+            return false;
+        }
+        let since = *self.dead_since.get_or_insert_with(Instant::now);
+        if let Some(watch) = Watch::of(&self.session) {
+            self.watch = Some(watch);
+            self.dead_since = None;
+            return false;
+        }
+        since.elapsed() > TAKEN_OVER_WITHIN
     }
 
     fn say_how_to_end(&self, out: &mut Out) {
