@@ -1,7 +1,7 @@
 //! What the outside may see of an attachment: its status and its events.
 //!
 //! Invariant: events are numbered without gaps from 0 and never change; a follower that knows its last number misses nothing as
-//! long as the log holds it. The board is written by the engine only.
+//! long as the log holds it. No number is given twice, also when another server has taken over, which knows the last events only. The board is written by the engine only.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use hobble_api::Timestamp;
 use hobble_api::event::{Event, EventKind};
 use hobble_api::status::Status;
+use hobble_mirror::Legacy;
 
 /// Events kept for late followers; an attachment that is updated every second fills this in almost three hours.
 const KEPT_EVENTS: usize = 10_000;
@@ -20,6 +21,8 @@ struct State {
     events: VecDeque<Event>,
     next: u64,
     closed: bool,
+    /// Where a successor finds the number of the next event.
+    legacy: Option<Legacy>,
 }
 
 /// The board of one attachment.
@@ -31,39 +34,29 @@ pub(crate) struct Board {
 
 impl Board {
     /// A board that shows `status` and no event.
-    pub(crate) fn new(status: Status) -> Self {
-        Self {
-            state: Mutex::new(State {
-                status,
-                events: VecDeque::new(),
-                next: 0,
-                closed: false,
-            }),
-            changed: Condvar::new(),
-        }
+    pub(crate) fn new(status: Status, legacy: Option<Legacy>) -> Self {
+        Self::going_on(status, Vec::new(), legacy)
     }
 
-    /// The board of an attachment whose server has died.
-    pub(crate) fn going_on(status: Status, events: Vec<Event>, next: u64) -> Self {
+    /// The board of an attachment whose server may have died: with the events that are known, and numbers that go on from the last that anybody has seen.
+    pub(crate) fn going_on(status: Status, events: Vec<Event>, legacy: Option<Legacy>) -> Self {
         Self {
             state: Mutex::new(State {
                 status,
                 events: events.into(),
-                next,
+                next: legacy.as_ref().map_or(0, Legacy::told),
                 closed: false,
+                legacy,
             }),
             changed: Condvar::new(),
         }
     }
 
-    /// The last events, at most so many, and the number of the next.
-    pub(crate) fn last_events(&self, most: usize) -> (Vec<Event>, u64) {
+    /// The last events, at most so many.
+    pub(crate) fn last_events(&self, most: usize) -> Vec<Event> {
         let state = self.lock();
         let first = state.events.len().saturating_sub(most);
-        (
-            state.events.iter().skip(first).cloned().collect(),
-            state.next,
-        )
+        state.events.iter().skip(first).cloned().collect()
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -86,6 +79,9 @@ impl Board {
         let mut event = Event::new(Timestamp::now(), state.status.id.clone(), kind);
         event.seq = Some(state.next);
         state.next += 1;
+        if let Some(legacy) = &state.legacy {
+            legacy.set_told(state.next);
+        }
         if state.events.len() == KEPT_EVENTS {
             state.events.pop_front();
         }

@@ -290,7 +290,7 @@ mod tests {
                 std::os::unix::fs::PermissionsExt::from_mode(0o755),
             )
             .unwrap();
-            let board = Arc::new(Board::new(status()));
+            let board = Arc::new(Board::new(status(), None));
             let (engine, commands) = mpsc::channel();
             let front = Front {
                 board: Arc::clone(&board),

@@ -53,6 +53,8 @@ const TRIES_WITHOUT_DIRECTORY: u32 = 10;
 const PAUSE_WITHOUT_DIRECTORY: Duration = Duration::from_millis(500);
 /// How long a killed server gets to end once nothing keeps it.
 const LAST_BREATH: Duration = Duration::from_secs(2);
+/// How long the successor of a server that has died gets to answer.
+const TAKEN_OVER_WITHIN: Duration = Duration::from_secs(2);
 /// How long a server that has failed to recover gets to end, if it does.
 const GIVES_UP_WITHIN: Duration = Duration::from_secs(3);
 
@@ -142,19 +144,28 @@ fn recover_one(
     undo(&dir, force, publish)
 }
 
-/// A connection to the server, as soon as it takes one: its socket comes after its journal, and its journal after its directory. `None` when there is no server.
+/// A connection to the server, as soon as it takes one: its socket comes after its journal, and its journal after its directory. One that has just died has a successor in
+/// a moment, which puts everything back without an error to anybody. `None` when there is no server.
 fn connect(dir: &AttachmentDir) -> Option<Client> {
-    let until = Instant::now() + OTHERS;
+    let begun = Instant::now();
     loop {
         if let Ok(client) = Client::connect(dir.id(), &dir.socket()) {
             return Some(client);
         }
-        if Instant::now() >= until || !is_starting(dir) {
+        let waited = begun.elapsed();
+        let is_worth_it = waited < OTHERS && is_starting(dir)
+            || waited < TAKEN_OVER_WITHIN && is_being_taken_over(dir);
+        if !is_worth_it {
             return None;
         }
         // Neither a journal's first records nor a socket are announced.
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// Whether a successor may be about to serve: the holder is there, and has not been left alone with a hook that nobody could put back.
+fn is_being_taken_over(dir: &AttachmentDir) -> bool {
+    read_story(dir).is_ok_and(|story| story.is_some_and(|story| story.living_holder().is_some()))
 }
 
 fn last_number(mut events: crate::client::Events) -> u64 {
@@ -475,9 +486,16 @@ impl Undoing<'_> {
         while let Some(round) = rounds.begin() {
             self.unmount(device)?;
             let mut processes = sighting::holders(device);
+            // A successor of the server's that waits for its turn, or has just begun, has the holder's table: what it holds is what the holder keeps.
+            let is_holders = |process: &ProcessId| {
+                story
+                    .holder
+                    .is_some_and(|holder| census::share_a_table(holder.pid, process.pid))
+            };
             processes.retain(|process| {
                 Some(*process) != story.holder
                     && !story.servers.contains(process)
+                    && !is_holders(process)
                     && !self.is_given_up(process)
             });
             if processes.is_empty() {

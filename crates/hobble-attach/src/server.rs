@@ -130,7 +130,7 @@ pub(crate) fn run(
     if let Some(legacy) = &legacy {
         legacy.set_server(std::process::id());
     }
-    let board = Arc::new(Board::new(first_status(&config, holder)));
+    let board = Arc::new(Board::new(first_status(&config, holder), legacy.clone()));
     let (engine_in, commands) = mpsc::channel();
     let mut engine = Engine::new(
         config.clone(),

@@ -54,7 +54,6 @@ struct Note {
     lifeline: Option<RawFd>,
     status: Status,
     events: Vec<Event>,
-    next_event: u64,
 }
 
 /// Milliseconds of `CLOCK_BOOTTIME`, which goes on while the machine sleeps and is never set.
@@ -102,7 +101,7 @@ impl Engine {
         };
         let plan = self.plan.lock().unwrap_or_else(PoisonError::into_inner);
         let plan = plan.clone();
-        let (events, next_event) = self.board.last_events(KEPT_EVENTS);
+        let events = self.board.last_events(KEPT_EVENTS);
         let targets = self.targets.processes().into_iter().map(who).collect();
         let note = Note {
             document: self.document.clone(),
@@ -117,7 +116,6 @@ impl Engine {
             lifeline: self.lifeline,
             status: self.board.status(),
             events,
-            next_event,
         };
         legacy.set_deadline(note.deadline.unwrap_or(0));
         match serde_json::to_vec(&note) {
@@ -195,8 +193,12 @@ fn take_over(
         })?;
     let ledger = Ledger::new(ledger, &read_ledger(&dir));
     let board = Arc::new(match &note {
-        Some(note) => Board::going_on(note.status.clone(), note.events.clone(), note.next_event),
-        None => Board::new(server::first_status(config, holder)),
+        Some(note) => Board::going_on(
+            note.status.clone(),
+            note.events.clone(),
+            Some(legacy.clone()),
+        ),
+        None => Board::new(server::first_status(config, holder), Some(legacy.clone())),
     });
     board.edit(|status| status.server_pid = Some(std::process::id()));
     let (engine_in, commands) = std::sync::mpsc::channel();

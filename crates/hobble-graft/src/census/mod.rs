@@ -554,7 +554,13 @@ pub fn take(processes: &[ProcessId], volume: Volume<'_>) -> Result<Census, Censu
 /// Whether a process shares our own descriptor table (`CLONE_FILES`): what it holds is what we hold.
 #[must_use]
 pub fn shares_our_table(pid: Pid) -> bool {
-    crate::sys::kcmp::files(Pid::own().as_raw(), pid.as_raw()) == Ok(std::cmp::Ordering::Equal)
+    share_a_table(Pid::own(), pid)
+}
+
+/// Whether two processes share one descriptor table (`CLONE_FILES`).
+#[must_use]
+pub fn share_a_table(one: Pid, other: Pid) -> bool {
+    crate::sys::kcmp::files(one.as_raw(), other.as_raw()) == Ok(std::cmp::Ordering::Equal)
 }
 
 /// Device and inode of an open file, without asking its filesystem.

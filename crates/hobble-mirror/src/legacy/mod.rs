@@ -50,6 +50,8 @@ const BEATS: usize = 5;
 const DEADLINE: usize = 6;
 /// See [`Legacy::set_server`].
 const SERVER: usize = 7;
+/// See [`Legacy::set_told`].
+const TOLD: usize = 8;
 
 /// The log. To be made before the process that serves is cloned, so that all sides have it. Cheap to clone.
 #[derive(Clone)]
@@ -139,6 +141,17 @@ impl Legacy {
     #[must_use]
     pub fn server(&self) -> u32 {
         u32::try_from(self.inner.memory.word(SERVER).load(Ordering::Relaxed)).unwrap_or(0)
+    }
+
+    /// Says how much has been told to whoever listens.
+    pub fn set_told(&self, told: u64) {
+        self.inner.memory.word(TOLD).store(told, Ordering::Relaxed);
+    }
+
+    /// What was last said by [`Legacy::set_told`]; 0 before.
+    #[must_use]
+    pub fn told(&self) -> u64 {
+        self.inner.memory.word(TOLD).load(Ordering::Relaxed)
     }
 
     /// Remembers bytes for whoever takes over; the last ones count.
