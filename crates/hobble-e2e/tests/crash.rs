@@ -129,6 +129,11 @@ fn dies_at_every_step(fate: Fate) -> Result<()> {
         if let Ok(mut injection) = injecting {
             hobble.output(["update", "--fault", "latency=2ms op=read"])?;
             injection.signal(Signal::SIGINT)?;
+            while injection
+                .next_event(STEP)
+                .context("the command hangs after its server has died")?
+                .is_some()
+            {}
             let status = injection
                 .status(STEP)
                 .context("the command hangs after its server has died")?;
