@@ -11,7 +11,7 @@ use hobble_graft::ids::ProcessId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
-/// Every fault point, in the order in which an attachment passes them.
+/// Every fault point, in the order in which an attachment passes them; last those of a server that takes over from a dead one.
 pub const POINTS: &[&str] = &[
     "journal-opened",
     "served",
@@ -34,6 +34,9 @@ pub const POINTS: &[&str] = &[
     "recover-grafted",
     "unmounted",
     "recovered",
+    "takeover-claimed",
+    "takeover-served",
+    "taken-over",
 ];
 
 /// What stands before a step at which the target dies.

@@ -119,21 +119,26 @@ fn hold(config: ServeConfig, lifeline: UnixStream) -> i32 {
     };
     // The lifeline stays open in the shared table; the holder itself has no use for its copy and must not close it.
     std::mem::forget(OwnedFd::from(lifeline));
+    let first = server;
     let mut tries = 0;
     let mut told_to_end = false;
-    let mut took_over = 0;
+    let mut short_lives = 0;
     let mut since = Instant::now();
     loop {
-        let code = wait_for(server, legacy.as_ref(), &mut told_to_end);
-        if is_serving(legacy.as_ref(), server) && code != Some(NEEDS_RECOVERY) {
+        let serves = |process| match &legacy {
+            Some(legacy) => legacy.server() == i32::unsigned_abs(process),
+            None => process == first,
+        };
+        let code = wait_for(server, legacy.as_ref(), &serves, &mut told_to_end);
+        if serves(server) && code != Some(NEEDS_RECOVERY) {
             // It had taken over, or was the first: whoever comes next has all tries.
             tries = 0;
-            took_over = if since.elapsed() < SHORT_LIFE {
-                took_over + 1
-            } else {
-                0
-            };
         }
+        short_lives = if serves(server) && since.elapsed() >= SHORT_LIFE {
+            0
+        } else {
+            short_lives + 1
+        };
         match code {
             Some(DONE) => return DONE,
             Some(code) => tracing::warn!(code, "the server could not put everything back"),
@@ -150,16 +155,18 @@ fn hold(config: ServeConfig, lifeline: UnixStream) -> i32 {
             );
             return wait_for_the_end();
         }
-        if tries == RECOVERY_TRIES {
-            tracing::error!(id = config.id, "recovery failed; run `hobble recover`");
-            return wait_until_undone(&config);
+        // What a server that gave up has left is not a state to go on from.
+        let may_take_over = code.is_none() && short_lives < SHORT_LIVES;
+        if !may_take_over {
+            if tries == RECOVERY_TRIES {
+                tracing::error!(id = config.id, "recovery failed; run `hobble recover`");
+                return wait_until_undone(&config);
+            }
+            if tries > 0 {
+                std::thread::sleep(Duration::from_millis(200) * tries);
+            }
+            tries += 1;
         }
-        if tries > 0 {
-            std::thread::sleep(Duration::from_millis(200) * tries);
-        }
-        // The first try only: what a server that gave up has left is not a state to go on from.
-        let may_take_over = tries == 0 && code.is_none() && took_over < SHORT_LIVES;
-        tries += 1;
         since = Instant::now();
         match sys::clone_sharing_descriptors() {
             Ok(Side::Child) => {
@@ -173,18 +180,20 @@ fn hold(config: ServeConfig, lifeline: UnixStream) -> i32 {
     }
 }
 
-/// Whether a process that was cloned from the holder serves the hook, and is not undoing it.
-fn is_serving(legacy: Option<&Legacy>, process: i32) -> bool {
-    legacy.is_none_or(|legacy| legacy.server() == process.unsigned_abs())
-}
-
 /// Waits for the end of the server or of its successor: `None` when a signal killed it. Who serves gets the holder's signals, which ask it to recover. Who undoes
 /// is recovering, which a signal would only cut in two; that SIGTERM came, and to nobody that could act on it, is remembered in `told_to_end`.
 ///
 /// Who serves and gives no sign of life for [`SILENCE`], or has not ended long after its deadline, is killed.
 ///
 /// A server that was killed while one of its own threads waits for an answer from itself never ends, and nobody hears of its death: it is looked for.
-fn wait_for(server: i32, legacy: Option<&Legacy>, told_to_end: &mut bool) -> Option<i32> {
+///
+/// `serves` says whether a process that was cloned from the holder serves the hook, and is not undoing it.
+fn wait_for(
+    server: i32,
+    legacy: Option<&Legacy>,
+    serves: &dyn Fn(i32) -> bool,
+    told_to_end: &mut bool,
+) -> Option<i32> {
     let pid = Pid::from_raw(server)?;
     let process = hobble_graft::ids::Pid::new(server)
         .and_then(|pid| hobble_graft::ids::ProcessId::of(pid).ok());
@@ -205,7 +214,7 @@ fn wait_for(server: i32, legacy: Option<&Legacy>, told_to_end: &mut bool) -> Opt
             ending = Some(Instant::now());
         }
         if ending.is_none()
-            && is_serving(legacy, server)
+            && serves(server)
             && let Some(why) = legacy.and_then(|legacy| watch.look(legacy))
         {
             tracing::error!(
@@ -217,7 +226,7 @@ fn wait_for(server: i32, legacy: Option<&Legacy>, told_to_end: &mut bool) -> Opt
         }
         match sys::wait_signal(&SIGNALS, LOOK_EVERY) {
             Some(signal) if signal != libc::SIGCHLD => {
-                if !is_serving(legacy, server) || is_ending() {
+                if !serves(server) || is_ending() {
                     *told_to_end |= signal == libc::SIGTERM;
                 } else if let Some(signal) = Signal::from_named_raw(signal) {
                     let _ = rustix::process::kill_process(pid, signal);

@@ -32,7 +32,7 @@ use crate::server;
 use crate::session::ServeConfig;
 use crate::state_dir::{AttachmentDir, StateDir};
 use crate::story::Story;
-use crate::{recover, sys};
+use crate::{fault_point, recover, sys};
 
 /// Events that a successor still has for late followers.
 const KEPT_EVENTS: usize = 32;
@@ -175,6 +175,7 @@ fn take_over(
     let Some(claim) = claim(&dir)? else {
         return Ok(None);
     };
+    fault_point::pass("takeover-claimed");
     server::settle_in();
     let note = legacy.last_note().map_err(|error| {
         AttachError::io(Step::Serve, "read what the dead server has noted", error)
@@ -237,6 +238,7 @@ fn take_over(
         engine_in.clone(),
         legacy,
     )?;
+    fault_point::pass("takeover-served");
     // From here on everybody is served, and this process is the server.
     legacy.set_server(std::process::id());
     let gap = noticed.elapsed();
@@ -270,6 +272,7 @@ fn take_over(
         goes_on,
         gap_us: u64::try_from(gap.as_micros()).unwrap_or(u64::MAX),
     }));
+    fault_point::pass("taken-over");
     if !goes_on {
         engine.ask_to_recover(Why::LostServer);
     }

@@ -3,7 +3,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use hobble_e2e::{assert_hooked, assert_unmounted, cycles, rule_count, scene, until};
+use hobble_e2e::{
+    assert_hooked, assert_same_descriptors, assert_unmounted, cycles, movable, rule_count, scene,
+    until,
+};
 use hobble_testkit::hobble::{Hobble, Injection, STEP};
 use hobble_testkit::program::Program;
 use hobble_testkit::target::{Target, number, text};
@@ -226,5 +229,115 @@ fn a_server_that_is_stopped_is_replaced() -> Result<()> {
         target.expect("check")?;
         injection.recover()?;
         target.finish().map(drop)
+    })
+}
+
+/// Successors that die at a step of their own, one after the other, until the hook is undone: that is not without errors, but the target is native and has its files.
+#[test]
+fn successors_die_at_every_step_of_their_own() -> Result<()> {
+    scene(Kind::Ext4, |outer, volume| {
+        let mut target = Target::start(
+            Program::FilesC,
+            [text(volume.path())?, "27", "2", "nap", "busy"],
+        )?;
+        let before = movable(&target)?;
+        for point in ["takeover-claimed", "takeover-served", "taken-over"] {
+            let mut hobble = Hobble::with_state_dir(&outer.scratch().path().join("killed"))?;
+            hobble.env("HOBBLE_LOG", "debug");
+            // The holder arms it once, so every successor that comes by it dies.
+            hobble.env("HOBBLE_FAULT_POINT", point);
+            target.expect("tolerate 1")?;
+            let injection = hobble.attach(target.pid(), volume.path(), &NEVER)?;
+            send(only_server(&hobble)?, Signal::SIGKILL)?;
+            hobble.keep_logs();
+            let mut look = || -> Result<()> {
+                until("it is undone", Duration::from_secs(30), || {
+                    hobble.processes().iter().all(|pid| *pid == injection.pid())
+                })?;
+                target.expect("tolerate 0")?;
+                assert_hooked(&target, volume.path(), false)?;
+                assert_unmounted(&target.pid().to_string(), volume.path())?;
+                assert_same_descriptors(&target, &before)?;
+                target.expect("check").map(drop)
+            };
+            let looked = look();
+            if looked.is_err() {
+                eprint!("{}", hobble.logs());
+            }
+            looked.with_context(|| format!("killed at {point}"))?;
+        }
+        target.finish().map(drop)
+    })
+}
+
+/// A server is killed, and whoever takes over as soon as it can be seen, a few times in a row.
+#[test]
+fn a_successor_is_killed_while_it_takes_over() -> Result<()> {
+    scene(Kind::Ext4, |outer, volume| {
+        let mut hobble = Hobble::with_state_dir(&outer.scratch().path().join("killed"))?;
+        hobble.env("HOBBLE_LOG", "debug");
+        let mut target = Target::start(Program::Once, [text(volume.path())?, "2"])?;
+        let mut injection = hobble.attach(target.pid(), volume.path(), &NEVER)?;
+        let mut work = || -> Result<()> {
+            for round in 0..cycles(4) {
+                let mut dead = only_server(&hobble)?;
+                send(dead, Signal::SIGKILL)?;
+                for again in 0..3 {
+                    until("there is another", STEP, || {
+                        hobble.servers().iter().any(|pid| *pid != dead)
+                    })?;
+                    let next = hobble.servers().into_iter().find(|pid| *pid != dead);
+                    dead = next.unwrap_or(dead);
+                    // From before it has claimed the attachment to when it serves.
+                    std::thread::sleep(Duration::from_millis(u64::from(round * 3 + again) * 2));
+                    send(dead, Signal::SIGKILL)?;
+                }
+                kill_and_wait(&hobble, &mut injection)?;
+                target
+                    .expect("report")
+                    .with_context(|| format!("round {round}"))?;
+            }
+            target.expect("check").map(drop)
+        };
+        let worked = work();
+        if worked.is_err() {
+            hobble.keep_logs();
+            eprint!("{}", hobble.logs());
+        }
+        worked?;
+        injection.recover()?;
+        target.expect("check").context("after recovery")?;
+        target.finish().map(drop)
+    })
+}
+
+/// Two processes with pooled connections in WAL mode: every row that was committed is found, and SQLite sees no error.
+#[test]
+fn sqlite_sees_nothing() -> Result<()> {
+    scene(Kind::Ext4, |outer, volume| {
+        let hobble = Hobble::with_state_dir(&outer.scratch().path().join("killed"))?;
+        let database = volume.path().join("db");
+        let mut target = Target::start(Program::SqlitePool, [text(&database)?, "wal", "2", "2"])?;
+        std::thread::sleep(Duration::from_millis(300));
+        let mut injection = hobble.attach(target.pid(), volume.path(), &NEVER)?;
+        for round in 0..cycles(8) {
+            if round == 2 {
+                target.expect("open 1").context("while attached")?;
+            }
+            kill_and_wait(&hobble, &mut injection).with_context(|| format!("round {round}"))?;
+            std::thread::sleep(Duration::from_millis(150));
+        }
+        injection.signal(Signal::SIGINT)?;
+        injection.wait_event("recovered", STEP)?;
+        let found = target.expect("check")?;
+        println!("{found}");
+        ensure!(number(&found, "committed")? > 100, "{found}");
+        ensure!(number(&found, "lost")? == 0, "{found}");
+        ensure!(
+            found.get("failures") == Some(&serde_json::json!({})),
+            "SQLite saw errors: {found}"
+        );
+        target.finish()?;
+        hobble.recover_all().map(drop)
     })
 }

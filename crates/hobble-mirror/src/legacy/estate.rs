@@ -46,6 +46,9 @@ pub(crate) struct Estate {
     /// By the number under which a request was handed out first: what was known before it was begun.
     pub(crate) begun: HashMap<u64, u64>,
     pub(crate) answered: HashMap<u64, (i32, Vec<u8>)>,
+    /// In which order, the last one last.
+    pub(super) answer_order: Vec<u64>,
+    pub(super) note: Vec<u8>,
 }
 
 /// What changes about a node, said before or after the node itself.
@@ -57,7 +60,7 @@ struct State {
 }
 
 impl Estate {
-    /// Reads a log whose writer has ended.
+    /// Reads a log whose writer has ended, to be gone on with.
     ///
     /// # Errors
     /// When it is incomplete or makes no sense.
@@ -88,6 +91,7 @@ impl Estate {
         estate
             .adopted
             .retain(|_, adopted| nodes.contains_key(&adopted.node));
+        legacy.inherit(&estate);
         Ok(estate)
     }
 
@@ -190,8 +194,9 @@ impl Estate {
                 bytes,
             } => {
                 self.answered.insert(unique, (error, bytes));
+                self.answer_order.push(unique);
             }
-            Fact::Note(_) => {}
+            Fact::Note(note) => self.note = note,
         }
     }
 }

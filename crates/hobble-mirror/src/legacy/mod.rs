@@ -174,6 +174,23 @@ impl Legacy {
         Ok(notes.next().unwrap_or_default())
     }
 
+    /// Takes over what whoever wrote before had in mind, so that it is said again when everything is.
+    fn inherit(&self, estate: &Estate) {
+        let mut writer = lock(&self.inner.writer);
+        writer.note.clone_from(&estate.note);
+        writer.begun.clone_from(&estate.begun);
+        let answers = estate.answer_order.iter().rev().take(ANSWERS).rev();
+        writer.answers = answers
+            .filter_map(|unique| {
+                let (error, bytes) = estate.answered.get(unique)?;
+                Some((*unique, *error, bytes.clone()))
+            })
+            .collect();
+        for (unique, ..) in writer.answers.clone() {
+            writer.begun.remove(&unique);
+        }
+    }
+
     /// Forgets everything: another mirror is going to be told of.
     pub(crate) fn clear(&self) {
         let inner = &*self.inner;
