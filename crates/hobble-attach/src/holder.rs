@@ -37,6 +37,8 @@ const SHORT_LIVES: u32 = 10;
 const SILENCE: Duration = Duration::from_secs(10);
 /// How long after its deadline a server gets to have recovered.
 const GRACE: Duration = Duration::from_secs(60);
+/// How long a successor gets to serve, or to begin to undo.
+const QUIET: Duration = Duration::from_secs(5);
 /// How long a server that is ending gets to end.
 const LAST_BREATH: Duration = Duration::from_millis(150);
 
@@ -195,9 +197,19 @@ fn wait_for(
     told_to_end: &mut bool,
 ) -> Option<i32> {
     let pid = Pid::from_raw(server)?;
-    let process = hobble_graft::ids::Pid::new(server)
-        .and_then(|pid| hobble_graft::ids::ProcessId::of(pid).ok());
-    let is_ending = || process.is_some_and(|process| process.is_ending().unwrap_or(false));
+    // Whoever takes over closes what is open and nobody's: until it serves, nothing is opened here, in the same table.
+    let quiet = Instant::now() + QUIET;
+    let mut process = None;
+    let mut is_ending = || {
+        if !serves(server) && Instant::now() < quiet {
+            return false;
+        }
+        let process = *process.get_or_insert_with(|| {
+            hobble_graft::ids::Pid::new(server)
+                .and_then(|pid| hobble_graft::ids::ProcessId::of(pid).ok())
+        });
+        process.is_some_and(|process| process.is_ending().unwrap_or(false))
+    };
     let mut ending: Option<Instant> = None;
     let mut watch = Watch::new();
     loop {

@@ -238,9 +238,6 @@ fn take_over(
         engine_in.clone(),
         legacy,
     )?;
-    fault_point::pass("takeover-served");
-    // From here on everybody is served, and this process is the server.
-    legacy.set_server(std::process::id());
     let gap = noticed.elapsed();
     tracing::info!(?gap, "taken over from a dead server");
     let lifeline = note
@@ -256,6 +253,9 @@ fn take_over(
                 .as_ref()
                 .is_some_and(|ours| ours.as_raw_fd() == number)
     });
+    fault_point::pass("takeover-served");
+    // From here on everybody is served, this process is the server, and the holder opens files again.
+    legacy.set_server(std::process::id());
     // The next successor has less to read.
     hook.mirror().tidy_legacy();
     engine.hook = Some(hook);
