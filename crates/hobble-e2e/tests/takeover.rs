@@ -308,7 +308,12 @@ fn a_successor_is_killed_while_it_takes_over() -> Result<()> {
             eprint!("{}", hobble.logs());
         }
         worked?;
-        injection.recover()?;
+        hobble.keep_logs();
+        let recovered = injection.recover();
+        if recovered.is_err() {
+            eprint!("{}", hobble.logs());
+        }
+        recovered?;
         target.expect("check").context("after recovery")?;
         target.finish().map(drop)
     })

@@ -102,6 +102,7 @@ fn main() -> anyhow::Result<()> {
         volume: arguments.mountpoint.as_os_str().as_bytes().to_vec(),
         caching: arguments.caching,
         passthrough: arguments.passthrough,
+        legacy: None,
     };
     let mirror = Mirror::new(config, Arc::new(Everybody))?;
     let new = mount::create(&MountOptions {

@@ -268,6 +268,33 @@ impl Mirror {
         self.inner.log.rewrite(|| self.inner.say_all());
     }
 
+    /// Whether the log of what a successor must know says what is the case: it must say the same when everything is said again. For tests, while nothing is going on.
+    ///
+    /// # Errors
+    /// The first thing that it says differently; what reading it says.
+    pub fn audit_legacy(&self, legacy: &Legacy) -> std::io::Result<()> {
+        let mut before = Estate::describe(legacy)?;
+        for _ in 0..100 {
+            // What the kernel does by itself (RELEASE, FORGET) comes when it comes.
+            std::thread::sleep(Duration::from_millis(10));
+            let now = Estate::describe(legacy)?;
+            if now == before {
+                break;
+            }
+            before = now;
+        }
+        self.tidy_legacy();
+        let after = Estate::describe(legacy)?;
+        let missing = after.iter().find(|line| !before.contains(line));
+        let stale = before.iter().find(|line| !after.contains(line));
+        match (missing, stale) {
+            (None, None) => Ok(()),
+            different => Err(std::io::Error::other(format!(
+                "the log and the mirror differ (missing, stale): {different:?}"
+            ))),
+        }
+    }
+
     /// Puts a plan in force (or none) for all operations that arrive from now on. `origin` is when injection began. Has the kernel drop what it has cached and that
     /// would hide a rule or was made up by one, and says which open files are in the wrong I/O mode.
     ///
@@ -418,6 +445,7 @@ impl Service for Mirror {
         if !negotiated.features.contains(Features::PASSTHROUGH)
             && self.inner.passthrough.swap(false, Ordering::Relaxed)
         {
+            inner.log.say(|| Fact::NoPassthrough);
             tracing::warn!(
                 "this kernel has no FUSE passthrough: reads and writes go through the server"
             );

@@ -65,6 +65,13 @@ impl Estate {
     /// # Errors
     /// When it is incomplete or makes no sense.
     pub(crate) fn read(legacy: &Legacy) -> io::Result<Self> {
+        let estate = Self::collect(legacy)?;
+        legacy.inherit(&estate);
+        Ok(estate)
+    }
+
+    /// Puts the facts together that there are now.
+    fn collect(legacy: &Legacy) -> io::Result<Self> {
         let mut estate = Self::default();
         let mut states: HashMap<u64, State> = HashMap::new();
         let mut ios: HashMap<u64, Io> = HashMap::new();
@@ -91,8 +98,43 @@ impl Estate {
         estate
             .adopted
             .retain(|_, adopted| nodes.contains_key(&adopted.node));
-        legacy.inherit(&estate);
         Ok(estate)
+    }
+
+    /// What the log says, in an order of its own: for comparing.
+    pub(crate) fn describe(legacy: &Legacy) -> io::Result<Vec<String>> {
+        let estate = Self::collect(legacy)?;
+        let mut lines = vec![format!(
+            "{:?} {:?} {:?} {} {} {} {}",
+            estate.volume,
+            estate.native,
+            estate.served,
+            estate.no_passthrough,
+            estate.arrivals,
+            estate.next_fh,
+            estate.next_adopted
+        )];
+        lines.extend(estate.realms.values().map(|realm| format!("{realm:?}")));
+        let nodes = estate.nodes.iter();
+        lines.extend(nodes.map(|(id, node)| format!("{id}: {node:?}")));
+        lines.extend(estate.handles.values().map(|handle| format!("{handle:?}")));
+        lines.extend(
+            estate
+                .adopted
+                .values()
+                .map(|adopted| format!("{adopted:?}")),
+        );
+        for locks in estate.locks.values() {
+            let mut files: Vec<String> =
+                locks.files.iter().map(|file| format!("{file:?}")).collect();
+            files.sort_unstable();
+            let (node, held, through) = (locks.node, &locks.held, &locks.through);
+            lines.push(format!("{node}: {held:?} {through:?} {files:?}"));
+        }
+        let seen: HashSet<_> = estate.seen.iter().collect();
+        lines.extend(seen.into_iter().map(|seen| format!("seen {seen:?}")));
+        lines.sort_unstable();
+        Ok(lines)
     }
 
     fn take(&mut self, fact: Fact, states: &mut HashMap<u64, State>, ios: &mut HashMap<u64, Io>) {

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use hobble_fuse::mount::{self, Connection, MountOptions};
 use hobble_fuse::{Features, Metrics, Server};
-use hobble_mirror::{Caching, Callers, Config, Everybody, Mirror, PlanChange};
+use hobble_mirror::{Caching, Callers, Config, Everybody, Legacy, Mirror, PlanChange};
 use hobble_rules::Plan;
 use hobble_testkit::namespace::Namespace;
 use hobble_testkit::volume::{Kind, Volume};
@@ -68,6 +68,7 @@ pub struct Hook {
     /// The mirror.
     pub front: PathBuf,
     connection: Connection,
+    legacy: Legacy,
 }
 
 impl Hook {
@@ -81,12 +82,14 @@ impl Hook {
         let open = |path: &Path| {
             rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap()
         };
+        let legacy = Legacy::new().unwrap();
         let config = Config {
             root: options.root.unwrap_or_else(|| open(back)),
             native: options.native.then(|| open(back)),
             volume: b"/volume".to_vec(),
             caching: options.caching,
             passthrough: options.passthrough,
+            legacy: Some(legacy.clone()),
         };
         let mirror = Mirror::new(config, options.callers).unwrap();
         let new = mount::create(&MountOptions::default()).unwrap();
@@ -113,6 +116,7 @@ impl Hook {
             back: back.to_path_buf(),
             front,
             connection: new.connection,
+            legacy,
         }
     }
 
@@ -159,6 +163,10 @@ impl Drop for Hook {
     fn drop(&mut self) {
         self.mirror.quiesce(true);
         self.mirror.lot().release_all();
+        if !std::thread::panicking() {
+            // Whatever was done, a successor would know of it.
+            self.mirror.audit_legacy(&self.legacy).unwrap();
+        }
         let _ = rustix::mount::unmount(&self.front, UnmountFlags::DETACH);
         // `self.mount` refers to the mount that was moved: it is in use until closed, so the connection is ended by force.
         if let Err(error) = self.connection.abort() {
