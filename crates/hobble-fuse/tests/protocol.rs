@@ -277,6 +277,9 @@ fn resent_requests_are_answered_under_the_number_they_came_with() {
     // A successor needs no INIT.
     let (kernel, device) = pair();
     let second = Server::resume(device, service.clone(), &Config::default(), negotiated).unwrap();
+    // FUSE_NOTIFY_RESEND, before anything is read: what this server reads itself must not be handed out twice.
+    let asked = kernel.answer();
+    assert_eq!((asked.unique, asked.error), (0, 7));
     let resent = 1 << 63 | 20;
     kernel.send(Opcode::Statfs as u32, resent, &[]);
     assert_eq!(

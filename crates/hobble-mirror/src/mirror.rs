@@ -285,8 +285,13 @@ impl Mirror {
         }
         self.tidy_legacy();
         let after = Estate::describe(legacy)?;
-        let missing = after.iter().find(|line| !before.contains(line));
-        let stale = before.iter().find(|line| !after.contains(line));
+        // Both are sorted.
+        let missing = after
+            .iter()
+            .find(|line| before.binary_search(line).is_err());
+        let stale = before
+            .iter()
+            .find(|line| after.binary_search(line).is_err());
         match (missing, stale) {
             (None, None) => Ok(()),
             different => Err(std::io::Error::other(format!(

@@ -111,7 +111,7 @@ impl Estate {
             estate.served,
             estate.no_passthrough,
             estate.arrivals,
-            estate.next_fh,
+            estate.next_fh.max(1),
             estate.next_adopted
         )];
         lines.extend(estate.realms.values().map(|realm| format!("{realm:?}")));
