@@ -10,10 +10,10 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::VERSION;
 use crate::event::Event;
 use crate::exit::ExitCode;
 use crate::status::{NotCovered, Status};
+use crate::{Timestamp, VERSION};
 
 /// Longest line accepted, newline excluded, in bytes.
 pub const MAX_LINE: usize = 1024 * 1024;
@@ -39,6 +39,8 @@ pub enum Request {
     Pause {},
     /// Switch the rules on. Answered by [`Answer::Done`], also when they were on.
     Resume {},
+    /// Renew the lease: count its time anew from now. Answered by [`Answer::Renewed`]; an attachment without a lease refuses.
+    Renew {},
     /// Put everything back. Answered by [`Answer::Recovered`] once it has been; what happens meanwhile is told to those who
     /// follow the events.
     Recover {
@@ -135,6 +137,11 @@ pub enum Answer {
         seed: u64,
         /// Names of the rules now in force.
         rules: Vec<String>,
+    },
+    /// The lease is renewed.
+    Renewed {
+        /// When it ends next.
+        until: Timestamp,
     },
     /// The target is native again.
     Recovered {
@@ -297,6 +304,7 @@ mod tests {
             },
             Request::Pause {},
             Request::Resume {},
+            Request::Renew {},
             Request::Recover {
                 force: true,
                 interrupted: true,
@@ -325,6 +333,7 @@ mod tests {
                 path: "/data".into(),
                 started: Timestamp::UNIX_EPOCH,
                 deadline: None,
+                lease: None,
                 seed: 1,
                 rules: vec![],
                 server_pid: Some(1),

@@ -128,6 +128,10 @@ pub struct Status {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub deadline: Option<Timestamp>,
+    /// When it recovers unless the lease is renewed before; absent without a lease.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub lease: Option<Timestamp>,
     /// The seed of every random choice.
     pub seed: u64,
     /// The rules with their counters, in the order in which they are asked.

@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use hobble_api::Timestamp;
 use hobble_api::control::{Answer, LineBuffer, Problem, Request, Response};
 use hobble_api::event::Event;
 use hobble_api::exit::ExitCode;
@@ -222,6 +223,17 @@ impl Client {
     /// When the server is gone or refuses.
     pub fn resume(&mut self) -> Result<(), AttachError> {
         self.ask(&Request::Resume {}).map(drop)
+    }
+
+    /// Renews the lease; gives when it ends next.
+    ///
+    /// # Errors
+    /// When there is no lease, it is being recovered, or the server is gone.
+    pub fn renew(&mut self) -> Result<Timestamp, AttachError> {
+        match self.ask(&Request::Renew {})? {
+            Answer::Renewed { until } => Ok(until),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// Recovers; returns when the target is native again, with what could not be put back.

@@ -46,6 +46,8 @@ pub(crate) enum Command {
     Pause { answer: mpsc::Sender<Response> },
     /// Rules on again.
     Resume { answer: mpsc::Sender<Response> },
+    /// Count the time of the lease anew.
+    Renew { answer: mpsc::Sender<Response> },
     /// Open anew what has come under a rule that does not see it.
     Reopen,
     /// Recover; the answer comes when it is done.
@@ -201,6 +203,7 @@ fn answer(stream: &UnixStream, front: &Front, request: Request) -> io::Result<Re
         },
         Request::Pause {} => Command::Pause { answer: sender },
         Request::Resume {} => Command::Resume { answer: sender },
+        Request::Renew {} => Command::Renew { answer: sender },
         Request::Recover { force, interrupted } => Command::Recover {
             why: if interrupted { Why::Signal } else { Why::User },
             force,
@@ -266,6 +269,7 @@ mod tests {
             path: "/data".into(),
             started: Timestamp::UNIX_EPOCH,
             deadline: None,
+            lease: None,
             seed: 7,
             rules: vec![],
             server_pid: None,

@@ -62,6 +62,8 @@ pub(crate) struct Engine {
     /// When rules were first turned on: the zero of every rule's window.
     pub(crate) began: Option<Instant>,
     pub(crate) deadline: Option<Instant>,
+    /// When it recovers unless the lease is renewed.
+    pub(crate) lease: Option<Instant>,
     /// What the mirror asks now.
     pub(crate) in_force: Option<Arc<Plan>>,
     /// Mappings and directories that an exchange has left native for good.
@@ -202,6 +204,7 @@ impl Engine {
             began: None,
             in_force: None,
             deadline: None,
+            lease: None,
             immovable: BTreeSet::new(),
             stuck: BTreeSet::new(),
             moved_in: false,
@@ -309,7 +312,8 @@ impl Engine {
                 Some(
                     Command::Update { answer, .. }
                     | Command::Pause { answer }
-                    | Command::Resume { answer },
+                    | Command::Resume { answer }
+                    | Command::Renew { answer },
                 ) if self.ending => {
                     refuse(
                         &answer,
@@ -351,6 +355,12 @@ impl Engine {
                             return NEEDS_RECOVERY;
                         }
                     }
+                },
+                Some(Command::Renew { answer }) => match self.renew() {
+                    Ok(until) => {
+                        let _ = answer.send(Response::Ok(Answer::Renewed { until }));
+                    }
+                    Err(error) => refuse(&answer, &error),
                 },
                 Some(Command::Recover { why, force, answer }) => match self.recover(why, force) {
                     Ok(left) => {
@@ -431,7 +441,8 @@ impl Engine {
                 }
                 Command::Update { answer, .. }
                 | Command::Pause { answer }
-                | Command::Resume { answer } => refuse(&answer, error),
+                | Command::Resume { answer }
+                | Command::Renew { answer } => refuse(&answer, error),
                 Command::Reopen => {}
             }
         }
@@ -451,6 +462,9 @@ impl Engine {
             .is_some_and(|deadline| Instant::now() >= deadline)
         {
             return recover(Why::Deadline);
+        }
+        if self.lease.is_some_and(|lease| Instant::now() >= lease) && self.failures == 0 {
+            return recover(Why::LostLease);
         }
         if self.failures > 0 {
             // Whatever else has happened, the next try is due when it is due.
@@ -542,6 +556,7 @@ impl Engine {
         if let Lifetime::For(time) = self.config.lifetime() {
             self.deadline = Some(began + time);
         }
+        self.start_lease();
         let deadline = self.deadline.and_then(|deadline| {
             let left = deadline.saturating_duration_since(Instant::now());
             Timestamp::now().checked_add(left).ok()
@@ -647,6 +662,25 @@ impl Engine {
         Ok(())
     }
 
+    /// Counts the time of the lease anew from now.
+    fn renew(&mut self) -> Result<Timestamp, AttachError> {
+        let until = self.start_lease().ok_or_else(|| {
+            AttachError::new(Step::Control, "it has no lease")
+                .hinting("`hobble inject --lease 30s` makes one")
+        })?;
+        self.note();
+        Ok(until)
+    }
+
+    /// Counts the time of the lease from now; gives when it ends. `None` without a lease.
+    fn start_lease(&mut self) -> Option<Timestamp> {
+        let time = Duration::from_millis(self.config.lease_ms?);
+        self.lease = Some(Instant::now() + time);
+        let until = Timestamp::now().checked_add(time).ok();
+        self.board.edit(|status| status.lease = until);
+        until
+    }
+
     fn recover(&mut self, why: Why, force: bool) -> Result<Vec<NotCovered>, AttachError> {
         self.ending = true;
         self.note();
@@ -709,7 +743,8 @@ impl Engine {
                 Ok(
                     Command::Update { answer, .. }
                     | Command::Pause { answer }
-                    | Command::Resume { answer },
+                    | Command::Resume { answer }
+                    | Command::Renew { answer },
                 ) => {
                     refuse(
                         &answer,

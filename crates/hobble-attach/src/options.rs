@@ -59,6 +59,8 @@ pub struct InjectOptions {
     pub detach: bool,
     /// What to do when the server is killed.
     pub failover: Failover,
+    /// Recover when this time has passed without a renewal.
+    pub lease: Option<Duration>,
     /// The program that is started as holder and server with `__serve` as its first argument; `None` is this very program.
     pub server_program: Option<PathBuf>,
 }
@@ -78,6 +80,7 @@ impl InjectOptions {
             state_dir: PathBuf::from(crate::DEFAULT_STATE_DIR),
             detach: false,
             failover: Failover::default(),
+            lease: None,
             server_program: None,
         }
     }

@@ -295,6 +295,7 @@ pub(crate) fn first_status(config: &ServeConfig, holder: Pid) -> Status {
         path: String::from_utf8_lossy(&config.path).into_owned(),
         started: now,
         deadline: None,
+        lease: None,
         seed: config.seed.unwrap_or(0),
         rules: Vec::new(),
         server_pid: Some(std::process::id()),

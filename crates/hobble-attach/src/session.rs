@@ -49,6 +49,7 @@ pub(crate) struct ServeConfig {
     pub(crate) max_pause_us: u64,
     pub(crate) detach: bool,
     pub(crate) failover: Failover,
+    pub(crate) lease_ms: Option<u64>,
 }
 
 impl ServeConfig {
@@ -153,6 +154,9 @@ pub fn inject(options: &InjectOptions) -> Result<Session, AttachError> {
         max_pause_us: u64::try_from(options.max_pause.as_micros()).unwrap_or(u64::MAX),
         detach: options.detach,
         failover: options.failover,
+        lease_ms: options
+            .lease
+            .map(|lease| u64::try_from(lease.as_millis()).unwrap_or(u64::MAX)),
     };
     let ready = start(options, &dir, &config).inspect_err(|_| {
         // Nothing of the server is left when it did not come up.

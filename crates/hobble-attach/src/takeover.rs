@@ -46,6 +46,7 @@ struct Note {
     /// When injection began and when it ends, in milliseconds of CLOCK_BOOTTIME.
     began: Option<u64>,
     deadline: Option<u64>,
+    lease: Option<u64>,
     /// Something is being done to the target.
     is_busy: bool,
     is_ending: bool,
@@ -109,6 +110,7 @@ impl Engine {
             // Rounded, so that a moment that has not changed is noted as the same.
             began: self.began.map(boot).map(|at| at / 100 * 100),
             deadline: self.deadline.map(boot).map(|at| at / 100 * 100),
+            lease: self.lease.map(boot).map(|at| at / 100 * 100),
             is_busy,
             is_ending: self.ending,
             targets,
@@ -117,7 +119,8 @@ impl Engine {
             status: self.board.status(),
             events,
         };
-        legacy.set_deadline(note.deadline.unwrap_or(0));
+        let due = note.deadline.into_iter().chain(note.lease).min();
+        legacy.set_deadline(due.unwrap_or(0));
         match serde_json::to_vec(&note) {
             Ok(bytes) if bytes != self.noted => {
                 legacy.note(bytes.clone());
@@ -296,9 +299,10 @@ impl Engine {
             Instant::now().checked_sub(ago)
         };
         self.began = note.began.and_then(ago);
-        self.deadline = note
-            .deadline
-            .map(|at| Instant::now() + Duration::from_millis(at.saturating_sub(boot_time())));
+        let ahead =
+            |at: u64| Instant::now() + Duration::from_millis(at.saturating_sub(boot_time()));
+        self.deadline = note.deadline.map(ahead);
+        self.lease = note.lease.map(ahead);
         self.document.clone_from(&note.document);
         self.paused = note.status.paused;
         let plan = match self.noted_plan(note) {

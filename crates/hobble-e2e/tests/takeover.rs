@@ -349,3 +349,42 @@ fn sqlite_sees_nothing() -> Result<()> {
         hobble.recover_all().map(drop)
     })
 }
+
+/// A lease is kept by renewing it, also with the server that takes over, and ends the experiment when nobody does.
+#[test]
+fn a_lease_that_is_not_renewed_ends_the_experiment() -> Result<()> {
+    scene(Kind::Ext4, |outer, volume| {
+        let hobble = Hobble::with_state_dir(&outer.scratch().path().join("leased"))?;
+        let mut target = Target::start(Program::Once, [text(volume.path())?, "1"])?;
+        let more: Vec<&str> = NEVER.iter().copied().chain(["--lease", "1500ms"]).collect();
+        let mut injection = hobble.attach(target.pid(), volume.path(), &more)?;
+        let begun = Instant::now();
+        for round in 0..4 {
+            std::thread::sleep(Duration::from_millis(700));
+            hobble.run(["renew"])?;
+            if round == 1 {
+                kill_and_wait(&hobble, &mut injection)?;
+            }
+        }
+        ensure!(
+            begun.elapsed() > Duration::from_millis(2500),
+            "it was not kept"
+        );
+        let renewed = Instant::now();
+        let recovering = injection.wait_event("recovering", STEP)?;
+        ensure!(
+            recovering.pointer("/why") == Some(&"lost_lease".into()),
+            "{recovering}"
+        );
+        let waited = renewed.elapsed();
+        ensure!(
+            waited > Duration::from_millis(1000) && waited < Duration::from_millis(2500),
+            "it ended {waited:?} after it was renewed"
+        );
+        injection.wait_event("recovered", STEP)?;
+        target.expect("check")?;
+        let said = hobble.output(["renew"])?;
+        ensure!(!said.status.success(), "there is nothing to renew");
+        target.finish().map(drop)
+    })
+}

@@ -68,6 +68,7 @@ pub(crate) enum Command {
     Update(Update),
     Pause(Pause),
     Resume(Resume),
+    Renew(Renew),
     Recover(Recover),
     Events(Events),
     Check(Check),
@@ -128,6 +129,9 @@ pub(crate) struct Inject {
     /// Longest time the target may stand still in one go; beyond it everything is rolled back
     #[arg(long, value_name = "DURATION", default_value = "250ms", allow_hyphen_values = true, value_parser = parse_positive_duration)]
     pub(crate) max_pause: Duration,
+    /// Recover unless `hobble renew` comes at least this often (`30s`, `5m`)
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true, value_parser = parse_positive_duration)]
+    pub(crate) lease: Option<Duration>,
     /// When the server is killed and another takes over: go on with the experiment, or recover
     #[arg(long, value_enum, default_value_t = FailoverArg::Continue)]
     pub(crate) failover: FailoverArg,
@@ -211,6 +215,17 @@ pub(crate) struct Pause {
 /// Switch the rules of an attachment on again.
 #[derive(Debug, Args)]
 pub(crate) struct Resume {
+    #[command(flatten)]
+    pub(crate) id: IdArg,
+}
+
+/// Renew the lease of an attachment: without that it recovers when the time of `inject --lease` is over.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  hobble inject --pid 4242 --path /var/lib/db -f experiment.yaml --lease 1m --detach
+  while sleep 20; do hobble renew; done")]
+pub(crate) struct Renew {
     #[command(flatten)]
     pub(crate) id: IdArg,
 }

@@ -130,6 +130,7 @@ impl Inject {
         options.seed = args.seed.or_else(|| experiment.and_then(Experiment::seed));
         options.max_pause = args.max_pause;
         options.failover = args.failover.into();
+        options.lease = args.lease;
         options.state_dir.clone_from(&global.state_dir);
         options.detach = args.detach;
         let warnings = if args.no_rules {

@@ -137,6 +137,7 @@ fn dispatch(cli: &Cli, out: &mut Out) -> Outcome<u8> {
         }
         Command::Pause(args) => command::control::pause(&args.id, global, out)?,
         Command::Resume(args) => command::control::resume(&args.id, global, out)?,
+        Command::Renew(args) => command::control::renew(&args.id, global, out)?,
         Command::Recover(args) => command::recover::run(args, global, out)?,
         Command::Events(args) => command::control::events(args, global, out)?,
         Command::Check(args) => command::check::run(args, out)?,

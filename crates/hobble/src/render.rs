@@ -381,6 +381,13 @@ pub(crate) fn status(status: &Status, now: Timestamp) -> Vec<Line> {
         None => "never (until `hobble recover`)".to_owned(),
         Some(at) => format!("{at:.0} (in {})", left(Some(at), now)),
     };
+    let deadline = match status.lease {
+        None => deadline,
+        Some(_) => format!(
+            "{deadline}, or in {} unless the lease is renewed",
+            left(status.lease, now)
+        ),
+    };
     let facts = [
         ("id", printable(&status.id)),
         ("phase", phase(status)),

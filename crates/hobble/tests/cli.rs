@@ -14,7 +14,7 @@ use std::process::Output;
 use assert_cmd::Command;
 use serde_json::Value;
 
-const COMMANDS: [&str; 13] = [
+const COMMANDS: [&str; 14] = [
     "inject",
     "exec",
     "ps",
@@ -22,6 +22,7 @@ const COMMANDS: [&str; 13] = [
     "update",
     "pause",
     "resume",
+    "renew",
     "recover",
     "events",
     "check",

@@ -64,6 +64,18 @@ pub(crate) fn resume(id: &IdArg, global: &Global, out: &mut Out) -> Outcome<()> 
     Ok(())
 }
 
+/// The lease counts anew.
+pub(crate) fn renew(id: &IdArg, global: &Global, out: &mut Out) -> Outcome<()> {
+    let mut client = open(id, global)?;
+    let until = client.renew()?;
+    if out.is_json() {
+        out.object(&serde_json::json!({ "v": 1, "id": client.id(), "until": until }));
+    } else {
+        out.line(format!("renewed: recovers at {until} unless renewed again"));
+    }
+    Ok(())
+}
+
 /// What happened, and with `--follow` what happens.
 pub(crate) fn events(args: &Events, global: &Global, out: &mut Out) -> Outcome<()> {
     let client = open(&args.id, global)?;

@@ -207,6 +207,7 @@ fn sample() -> Status {
         path: "/data".into(),
         started: "2026-11-24T08:00:00Z".parse().unwrap(),
         deadline: Some("2026-11-24T08:10:00Z".parse().unwrap()),
+        lease: None,
         seed: 42,
         rules: vec![rule("a", 3, 2, 1)],
         server_pid: Some(100),
