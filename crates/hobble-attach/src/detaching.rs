@@ -366,12 +366,12 @@ fn left(hook: &Hook, census: &Census, stays: &BTreeSet<DescriptionId>) -> Vec<No
             let table = description.places.first().map(|place| place.table);
             let member = census.tables().iter().find(|known| Some(known.id) == table).and_then(|known| known.members.first());
             // Once the hook is unmounted the kernel prints paths from the hook's own root.
-            let relative = hook.relative(&description.facts.path);
+            let relative = hook.ground().relative(&description.facts.path);
             NotCoveredStatus {
                 what: format!(
                     "descriptor {} of {}/{}",
                     description.places.first().map_or(-1, |place| place.fd.as_raw()),
-                    String::from_utf8_lossy(hook.absolute()),
+                    String::from_utf8_lossy(hook.ground().absolute()),
                     String::from_utf8_lossy(&relative)
                 ),
                 reason: "it was opened while attached and the file has POSIX locks: it is served without faults until it is closed; --force gives it back at once".to_owned(),

@@ -92,6 +92,17 @@ pub(crate) struct Engine {
     failures: u32,
 }
 
+/// What an engine works with.
+pub(crate) struct Means {
+    pub(crate) journal: Journal,
+    pub(crate) ledger: Ledger,
+    pub(crate) board: Arc<Board>,
+    pub(crate) commands: Receiver<Command>,
+    /// Where its own threads send it commands.
+    pub(crate) to_myself: Sender<Command>,
+    pub(crate) legacy: Option<Legacy>,
+}
+
 /// What an attach moved.
 #[derive(Debug, Default)]
 pub(crate) struct Moved {
@@ -159,16 +170,16 @@ fn draw_seed() -> u64 {
 }
 
 impl Engine {
-    pub(crate) fn new(
-        config: ServeConfig,
-        journal: Journal,
-        ledger: Ledger,
-        board: Arc<Board>,
-        commands: Receiver<Command>,
-        to_myself: Sender<Command>,
-        legacy: Option<Legacy>,
-        known: Vec<ProcessId>,
-    ) -> Self {
+    /// An engine for a configuration, or for one whose server has died: with the targets that are `known`.
+    pub(crate) fn new(config: ServeConfig, means: Means, known: Vec<ProcessId>) -> Self {
+        let Means {
+            journal,
+            ledger,
+            board,
+            commands,
+            to_myself,
+            legacy,
+        } = means;
         let own = config.own();
         let root = Pid::new(config.pid).map(|pid| ProcessId {
             pid,
@@ -529,10 +540,10 @@ impl Engine {
         document: &serde_json::Value,
         step: Step,
     ) -> Result<Experiment, AttachError> {
-        let only = self
-            .hook
-            .as_ref()
-            .and_then(|hook| Some((hook.absolute().to_vec(), hook.only_file()?.to_vec())));
+        let only =
+            self.hook.as_ref().map(Hook::ground).and_then(|ground| {
+                Some((ground.absolute().to_vec(), ground.only_file()?.to_vec()))
+            });
         match only {
             None => check_document(document, step),
             Some((directory, file)) => crate::single_file::check(document, &directory, &file, step),

@@ -16,9 +16,8 @@ use hobble_api::status::NotCovered;
 use hobble_fuse::mount::{self, MountOptions};
 use hobble_fuse::{Features, Server, Service, Tid};
 use hobble_graft::census::{Description, Directory, FileFacts, MappedFile};
-use hobble_graft::ids::{Device, ProcessId};
+use hobble_graft::ids::Device;
 use hobble_graft::proc::locks::{LockClass, LockKind};
-use hobble_graft::proc::tree::MountNamespaceId;
 use hobble_graft::stop::Deadline;
 use hobble_mirror::adopt::{AdoptedId, Adoption, HandleId};
 use hobble_mirror::locks::{self, LockRange, RangeLock};
@@ -27,6 +26,7 @@ use hobble_rules::Plan;
 
 use crate::control::Command;
 use crate::error::{AttachError, Step};
+use crate::ground::{Ground, Inherited};
 use crate::ledger::{Entry, Ledger};
 use crate::own::Own;
 use crate::scope::TargetSet;
@@ -109,33 +109,6 @@ pub(crate) struct Hook {
     looked: Instant,
     lost: bool,
     served: Served,
-}
-
-/// What the hook lies on.
-enum Ground {
-    /// The volume as it was found.
-    Volume(Volume),
-    /// What a dead server has left of it.
-    Inherited(Inherited),
-}
-
-/// A hook that a dead server has left: where it lies, and how the mount around it is to propagate when it has gone.
-#[derive(Debug, Clone)]
-pub(crate) struct Inherited {
-    pub(crate) device: Device,
-    pub(crate) target: Option<ProcessId>,
-    pub(crate) path: PathBuf,
-    pub(crate) namespace: MountNamespaceId,
-    pub(crate) around: Option<PropagationRecord>,
-    pub(crate) ground: GroundNote,
-}
-
-/// Names of a volume, for a successor.
-#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub(crate) struct GroundNote {
-    pub(crate) absolute: Vec<u8>,
-    pub(crate) printed: Vec<u8>,
-    pub(crate) only_file: Option<Vec<u8>>,
 }
 
 impl Drop for Hook {
@@ -367,42 +340,9 @@ impl Hook {
         Ok((hook, numbers))
     }
 
-    /// The names of what it lies on, for a successor.
-    pub(crate) fn ground(&self) -> GroundNote {
-        match &self.ground {
-            Ground::Volume(volume) => GroundNote {
-                absolute: volume.absolute().to_vec(),
-                printed: volume.printed().to_vec(),
-                only_file: volume.only_file().map(<[u8]>::to_vec),
-            },
-            Ground::Inherited(inherited) => inherited.ground.clone(),
-        }
-    }
-
-    /// The volume's path as the target sees it.
-    pub(crate) fn absolute(&self) -> &[u8] {
-        match &self.ground {
-            Ground::Volume(volume) => volume.absolute(),
-            Ground::Inherited(inherited) => &inherited.ground.absolute,
-        }
-    }
-
-    /// The name of the only file that rules are for.
-    pub(crate) fn only_file(&self) -> Option<&[u8]> {
-        match &self.ground {
-            Ground::Volume(volume) => volume.only_file(),
-            Ground::Inherited(inherited) => inherited.ground.only_file.as_deref(),
-        }
-    }
-
-    /// A path below the volume, of one that `/proc` shows.
-    pub(crate) fn relative(&self, path: &std::path::Path) -> Vec<u8> {
-        match &self.ground {
-            Ground::Volume(volume) => volume.relative(path),
-            Ground::Inherited(inherited) => volume::below(&inherited.ground.printed, path)
-                .or_else(|| volume::below(b"/", path))
-                .unwrap_or_default(),
-        }
+    /// What it lies on.
+    pub(crate) fn ground(&self) -> &Ground {
+        &self.ground
     }
 
     pub(crate) fn device(&self) -> Device {
@@ -491,7 +431,7 @@ impl Hook {
 
     fn adoption(&self, facts: &FileFacts, pid: u32, ofd_locks: Vec<RangeLock>) -> Adoption {
         Adoption {
-            path: self.relative(&facts.path),
+            path: self.ground.relative(&facts.path),
             deleted: facts.is_deleted,
             tmpfile: facts.is_nameless,
             ofd_locks,
@@ -647,20 +587,6 @@ impl Hook {
     /// Closes our own descriptor of the mount: the kernel ends the connection when nobody else holds anything on it.
     pub(crate) fn close_mount(&mut self) {
         self.mount = None;
-    }
-}
-
-impl Inherited {
-    /// Gives the mount around the volume back how it propagated; only when the hook has gone, since the way to it leads through the hook until then.
-    fn restore_propagation(&self) {
-        let (Some(target), Some(around)) = (self.target, self.around) else {
-            return;
-        };
-        let restored = Volume::resolve(target, &self.path)
-            .and_then(|volume| volume::restore_propagation(&volume, around));
-        if let Err(error) = restored {
-            tracing::warn!(%error, cause = error.cause_chain(), "the mount around the volume may propagate differently than before");
-        }
     }
 }
 

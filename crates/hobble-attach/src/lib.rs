@@ -27,6 +27,7 @@ mod engine;
 mod error;
 mod exec;
 pub mod fault_point;
+mod ground;
 mod holder;
 mod hook;
 mod inspect;

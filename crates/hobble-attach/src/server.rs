@@ -19,7 +19,7 @@ use rustix::process::Pid;
 
 use crate::board::Board;
 use crate::control::{self, Command, Front};
-use crate::engine::Engine;
+use crate::engine::{Engine, Means};
 use crate::error::{AttachError, Step};
 use crate::holder::{DONE, NEEDS_RECOVERY};
 use crate::journal::{Journal, Record, Who};
@@ -132,16 +132,15 @@ pub(crate) fn run(
     }
     let board = Arc::new(Board::new(first_status(&config, holder), legacy.clone()));
     let (engine_in, commands) = mpsc::channel();
-    let mut engine = Engine::new(
-        config.clone(),
+    let means = Means {
         journal,
         ledger,
-        Arc::clone(&board),
+        board: Arc::clone(&board),
         commands,
-        engine_in.clone(),
+        to_myself: engine_in.clone(),
         legacy,
-        Vec::new(),
-    );
+    };
+    let mut engine = Engine::new(config.clone(), means, Vec::new());
     if let Err(error) = open_front(&dir, &mut engine, &board, &engine_in)
         .and_then(|()| watch(&config, &mut engine, &lifeline, engine_in))
     {
@@ -217,6 +216,7 @@ fn open_front(
             .spawn(move || {
                 loop {
                     legacy.beat();
+                    // It is the time itself that is told.
                     std::thread::sleep(PULSE);
                 }
             })?;

@@ -22,9 +22,10 @@ use serde::{Deserialize, Serialize};
 use crate::attaching::who;
 use crate::board::Board;
 use crate::claim::{Claim, read_ledger, read_story};
-use crate::engine::Engine;
+use crate::engine::{Engine, Means};
 use crate::error::{AttachError, Step};
-use crate::hook::{GroundNote, Hook, Inherited};
+use crate::ground::{GroundNote, Inherited};
+use crate::hook::Hook;
 use crate::journal::Who;
 use crate::ledger::Ledger;
 use crate::options::Failover;
@@ -114,7 +115,7 @@ impl Engine {
             is_busy,
             is_ending: self.ending,
             targets,
-            ground: hook.ground(),
+            ground: hook.ground().note(),
             lifeline: self.lifeline,
             status: self.board.status(),
             events,
@@ -207,18 +208,16 @@ fn take_over(
     board.edit(|status| status.server_pid = Some(std::process::id()));
     let (engine_in, commands) = std::sync::mpsc::channel();
     let known = note.iter().flat_map(|note| &note.targets);
-    let mut engine = Engine::new(
-        config.clone(),
+    let means = Means {
         journal,
         ledger,
-        Arc::clone(&board),
+        board: Arc::clone(&board),
         commands,
-        engine_in.clone(),
-        Some(legacy.clone()),
-        known
-            .filter_map(|who| crate::story::process(*who))
-            .collect(),
-    );
+        to_myself: engine_in.clone(),
+        legacy: Some(legacy.clone()),
+    };
+    let known = known.filter_map(|who| crate::story::process(*who));
+    let mut engine = Engine::new(config.clone(), means, known.collect());
     let inherited = Inherited {
         device: Device::from_raw(story.hook_dev),
         target: story.target,

@@ -265,21 +265,14 @@ impl Store {
         }
         // Locked for writing: references are counted under the lock for reading.
         let table = write(&self.table);
-        for slot in &table.slots {
-            match &slot.node {
-                Some(node) => {
-                    self.log.say(|| node.fact());
-                    node.say_all();
-                }
-                // Generations are not to be used again.
-                None => {}
-            }
-        }
         for (index, slot) in table.slots.iter().enumerate() {
-            if slot.node.is_none()
-                && let (Ok(index), Some(last)) =
-                    (u32::try_from(index), slot.generation.checked_sub(1))
+            if let Some(node) = &slot.node {
+                self.log.say(|| node.fact());
+                node.say_all();
+            } else if let (Ok(index), Some(last)) =
+                (u32::try_from(index), slot.generation.checked_sub(1))
             {
+                // Generations are not to be used again.
                 self.log.say(|| Fact::Gone {
                     id: id_of(index, last).0,
                 });
