@@ -5,6 +5,7 @@
 
 mod bench;
 mod conformance;
+mod kernels;
 mod setup;
 mod style;
 mod suite;
@@ -27,6 +28,8 @@ enum Task {
     Test(suite::Options),
     /// pjdfstest and fsx on ext4, natively and through `hobble exec`, with the results compared
     Conformance(conformance::Options),
+    /// The end-to-end tests on Debian's kernels 6.1 and 6.12, in a virtual machine
+    Kernels(kernels::Options),
     /// Measure
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -39,6 +42,7 @@ fn main() -> anyhow::Result<()> {
         Task::Setup => setup::run(),
         Task::Test(options) => suite::run(&options),
         Task::Conformance(options) => conformance::run(&options),
+        Task::Kernels(options) => kernels::run(&options),
         Task::Bench(bench) => bench::run(&bench),
         Task::Style => style::run(),
     }
