@@ -341,7 +341,7 @@ impl Hook {
 
     fn stand_in(
         &self,
-        original: OwnedFd,
+        original: impl Into<std::sync::Arc<OwnedFd>>,
         adoption: Adoption,
     ) -> std::io::Result<(AdoptedId, OwnedFd)> {
         let id = self.mirror.adopt(original, adoption)?;
@@ -373,7 +373,8 @@ impl Hook {
         description: &Description,
         pid: u32,
     ) -> std::io::Result<(i32, AdoptedId, OwnedFd)> {
-        let original = description.kept.try_clone()?;
+        // The census's own: while the target is moved there is no room for one more of each.
+        let original = std::sync::Arc::clone(&description.kept);
         let number = original.as_raw_fd();
         let ofd_locks = description
             .locks

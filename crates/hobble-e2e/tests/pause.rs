@@ -72,3 +72,9 @@ fn a_thousand_descriptors() -> Result<()> {
 fn five_thousand_descriptors() -> Result<()> {
     stop("5000", 300)
 }
+
+#[test]
+fn fifteen_thousand_descriptors() -> Result<()> {
+    // In several stops, the longest of which counts.
+    stop("15000", 600)
+}

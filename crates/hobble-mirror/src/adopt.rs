@@ -181,11 +181,16 @@ fn mirrored(flags: OFlags) -> OFlags {
 const SETTLE: Duration = Duration::from_millis(500);
 
 impl Mirror {
-    /// Takes over the original of a description that is to be moved. The caller may close its own copy: the mirror keeps the description open.
+    /// Takes over the original of a description that is to be moved. The caller may share it or close its own copy: the mirror keeps the description open.
     ///
     /// # Errors
     /// `EXDEV` when the file is not on a filesystem of this mirror; what reading its attributes says.
-    pub fn adopt(&self, original: OwnedFd, facts: Adoption) -> io::Result<AdoptedId> {
+    pub fn adopt(
+        &self,
+        original: impl Into<Arc<OwnedFd>>,
+        facts: Adoption,
+    ) -> io::Result<AdoptedId> {
+        let original = original.into();
         let inner = &self.inner;
         let path = (!facts.deleted).then_some(facts.path.as_slice());
         let node = inner.store.adopt(original.as_fd(), path)?;
@@ -198,7 +203,7 @@ impl Mirror {
         let adopted = Adopted {
             id,
             node,
-            original: Arc::new(original),
+            original,
             replaced: AtomicBool::new(false),
             facts,
             above,
