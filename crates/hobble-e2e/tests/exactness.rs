@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use hobble_e2e::{errno, rule_count, scene};
+use hobble_e2e::{errno, rule_count, scene, slowness};
 use hobble_testkit::program::Program;
 use hobble_testkit::target::{Target, number, text};
 use hobble_testkit::volume::Kind;
@@ -90,11 +90,14 @@ fn twenty_milliseconds_on_fsync_are_twenty_milliseconds() -> Result<()> {
         injection.recover()?;
         let after = number(&target.expect("fsync 1 60")?, "median_us")?;
         ensure!(
-            (native + 20_000..=native + 23_000).contains(&hooked),
+            (native + 20_000..=native + 20_000 + 3_000 * slowness()).contains(&hooked),
             "native {native} us, hooked {hooked} us"
         );
-        ensure!(reads < 5_000, "reads are slow too: {reads} us");
-        ensure!(after < 15_000, "slow after recovery: {after} us");
+        ensure!(reads < 5_000 * slowness(), "reads are slow too: {reads} us");
+        ensure!(
+            after < 15_000 * slowness(),
+            "slow after recovery: {after} us"
+        );
         target.finish().map(drop)
     })
 }

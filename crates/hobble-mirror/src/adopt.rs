@@ -54,6 +54,8 @@ pub struct Adoption {
     pub deleted: bool,
     /// It was made by `O_TMPFILE` without `O_EXCL` and has no name so far.
     pub tmpfile: bool,
+    /// Some program that is being moved has the file mapped shared.
+    pub mapped: bool,
     /// OFD locks that it holds.
     pub ofd_locks: Vec<RangeLock>,
     /// The process it was found in.
@@ -194,6 +196,9 @@ impl Mirror {
         let inner = &self.inner;
         let path = (!facts.deleted).then_some(facts.path.as_slice());
         let node = inner.store.adopt(original.as_fd(), path)?;
+        if facts.mapped {
+            node.was_mapped.store(true, Ordering::Release);
+        }
         let mut above = Vec::new();
         if node.with_names(|names| names.first().is_none()) {
             // For the rules: it is matched by the path it was last known by.

@@ -68,6 +68,8 @@ pub(crate) struct Node {
     used: AtomicBool,
     /// A writable shared mapping may exist: its stores change the times, and no request says so.
     pub(crate) may_be_mapped: AtomicBool,
+    /// A program had it mapped shared when it was moved here.
+    pub(crate) was_mapped: AtomicBool,
 }
 
 #[derive(Default)]
@@ -94,6 +96,7 @@ impl Node {
             data: Mutex::default(),
             used: AtomicBool::new(false),
             may_be_mapped: AtomicBool::new(false),
+            was_mapped: AtomicBool::new(false),
         }
     }
 

@@ -111,7 +111,7 @@ impl Archive {
             let padding = bytes.len().next_multiple_of(4) - bytes.len();
             self.to
                 .write_all(bytes)
-                .and_then(|()| self.to.write_all(&b"\0\0\0"[..padding]))
+                .and_then(|()| (0..padding).try_for_each(|_| self.to.write_all(b"\0")))
                 .context("cannot write the archive")
         };
         put(header.as_bytes())?;

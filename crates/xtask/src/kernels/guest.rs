@@ -41,6 +41,8 @@ const TOOLS: &[&str] = &[
     "readlink",
     "timeout",
     "sleep",
+    "stat",
+    "mkdir",
     "chmod",
     "chroot",
     "dd",
@@ -323,14 +325,14 @@ impl Machine<'_> {
 
     /// What the machine does, from its first process on.
     fn script(&self) -> Result<String> {
-        let mut text = format!(
+        let mut text = String::from(
             "#!/usr/lib/busybox sh\n\
              export PATH=/usr/bin:/usr/sbin\n\
              /usr/lib/busybox --install -s /usr/sbin\n\
              mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs dev /dev; mount -t tmpfs tmpfs /run; mount -t tmpfs tmpfs /tmp\n\
              exec </dev/null >/dev/console 2>&1\n\
              hostname hobble; ip link set lo up\n\
-             ulimit -Hn 20000\n"
+             ulimit -Hn 20000\n",
         );
         for (name, _) in self.package.modules(MODULES)? {
             text.push_str(&format!(
@@ -341,7 +343,7 @@ impl Machine<'_> {
             "test -c /dev/fuse || mknod -m 666 /dev/fuse c 10 229\n\
              mkdir -p /sys/fs/fuse/connections; mount -t fusectl none /sys/fs/fuse/connections\n\
              truncate -s 8G /tmp/disk; mkfs.ext4 -q -F -E lazy_itable_init=1 -O ^has_journal /tmp/disk; mount -o loop /tmp/disk /var/tmp\n\
-             export HOBBLE_BIN={HOME}/hobble CARGO_TARGET_DIR={HOME}/target HOBBLE_CYCLES={} RUST_BACKTRACE=0 HOME=/root\n\
+             export HOBBLE_BIN={HOME}/hobble CARGO_TARGET_DIR={HOME}/target HOBBLE_CYCLES={} HOBBLE_SLOWNESS=20 RUST_BACKTRACE=0 HOME=/root\n\
              stty -F /dev/ttyS1 raw -echo\n\
              say() {{ echo \"$*\" >/dev/ttyS1; }}\n\
              now() {{ set -- $(cat /proc/uptime); echo \"${{1%.*}}${{1#*.}}0\"; }}\n\
@@ -451,7 +453,7 @@ mod tests {
             outcome.take("end locks a 0 1500\r")?,
             Some((test.clone(), true))
         );
-        assert_eq!(outcome.failures(&[test.clone()]), 0);
+        assert_eq!(outcome.failures(std::slice::from_ref(&test)), 0);
         // What did not run has failed, as what ended with another status has.
         assert_eq!(outcome.failures(&[test.clone(), other.clone()]), 1);
         outcome.take("end locks b 101 7")?;
