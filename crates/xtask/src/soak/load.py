@@ -28,6 +28,8 @@ def timed(act):
     try:
         act()
         seen["operations"] += 1
+        if seen["operations"] == 1:
+            open("%s/%s-%s.works" % (CONTROL, ROLE, NUMBER), "w").close()
         return True
     except (OSError, sqlite3.Error) as error:
         failed(error)

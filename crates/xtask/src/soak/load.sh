@@ -10,8 +10,9 @@ as_postgres() { setpriv --reuid postgres --regid postgres --clear-groups "$@"; }
 install -d -o postgres -m 700 "$volume/pg" "$control/pg"
 mkdir "$volume/fio"
 as_postgres "$binaries/initdb" -D "$volume/pg" -U postgres -A trust --data-checksums >initdb.log 2>&1 || exit 1
-as_postgres "$binaries/postgres" -D "$volume/pg" -k "$control/pg" -c listen_addresses= -c shared_buffers=32MB -c max_connections=20 \
-    -c checkpoint_timeout=30s >postgres.log 2>&1 &
+# Not by the function: its pid would be a shell's.
+setpriv --reuid postgres --regid postgres --clear-groups "$binaries/postgres" -D "$volume/pg" -k "$control/pg" -c listen_addresses= \
+    -c shared_buffers=32MB -c max_connections=20 -c checkpoint_timeout=30s >postgres.log 2>&1 &
 postgres=$!
 echo $postgres >postgres.pid
 bench() { as_postgres "$binaries/pgbench" -h "$control/pg" -U postgres "$@" postgres; }
@@ -46,6 +47,10 @@ echo $one $two $three >workers.pid
     [ "$same" = t ] || { errors=$((errors + 1)); echo "the sums say ${same:-nothing}" >>psql.log; }
     echo "{\"operations\": $transactions, \"errors\": $errors}" >pgbench-1.json
 ) & five=$!
+# What SQLite opens while attached stays on the hook until it is closed, because of its locks: this is to be seen from the other side only.
+until [ -e sqlite-1.works ] && [ -e sqlite-2.works ] && [ -e prober-1.works ]; do
+    sleep 0.1
+done
 touch ready
 wait $one $two $three $four $five
 kill -INT $postgres
