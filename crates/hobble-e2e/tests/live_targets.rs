@@ -104,17 +104,6 @@ fn c_with_five_thousand() -> Result<()> {
 }
 
 #[test]
-fn c_with_fifteen_thousand() -> Result<()> {
-    // More than are moved at once: the limit here is 20,000, of which the target and the server have one each.
-    live(
-        Kind::Ext4,
-        Program::FilesC,
-        &["15000", "1", "nap", "busy"],
-        cycles(2),
-    )
-}
-
-#[test]
 fn python() -> Result<()> {
     live(Kind::Ext4, Program::FilesPython, &["60"], cycles(10))
 }

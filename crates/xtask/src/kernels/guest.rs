@@ -41,6 +41,8 @@ const TOOLS: &[&str] = &[
     "readlink",
     "timeout",
     "sleep",
+    // BusyBox's shell would prefer its own of all the others.
+    "sh",
     "stat",
     "mkdir",
     "chmod",
@@ -343,7 +345,7 @@ impl Machine<'_> {
             "test -c /dev/fuse || mknod -m 666 /dev/fuse c 10 229\n\
              mkdir -p /sys/fs/fuse/connections; mount -t fusectl none /sys/fs/fuse/connections\n\
              truncate -s 8G /tmp/disk; mkfs.ext4 -q -F -E lazy_itable_init=1 -O ^has_journal /tmp/disk; mount -o loop /tmp/disk /var/tmp\n\
-             export HOBBLE_BIN={HOME}/hobble CARGO_TARGET_DIR={HOME}/target HOBBLE_CYCLES={} HOBBLE_SLOWNESS=20 RUST_BACKTRACE=0 HOME=/root\n\
+             export HOBBLE_BIN={HOME}/hobble CARGO_TARGET_DIR={HOME}/target HOBBLE_CYCLES={} HOBBLE_SLOWNESS=20 HOBBLE_TEST_MAX_PAUSE=10s RUST_BACKTRACE=0 HOME=/root\n\
              stty -F /dev/ttyS1 raw -echo\n\
              say() {{ echo \"$*\" >/dev/ttyS1; }}\n\
              now() {{ set -- $(cat /proc/uptime); echo \"${{1%.*}}${{1#*.}}0\"; }}\n\

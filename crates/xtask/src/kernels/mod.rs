@@ -228,7 +228,7 @@ fn harnesses() -> Result<BTreeMap<String, PathBuf>> {
         "--package",
         "hobble-e2e",
         "--message-format",
-        "json",
+        "json-render-diagnostics",
     ]);
     let said = command::run(&mut build, tools::BUILD_LIMIT)?;
     Ok(said
