@@ -3,6 +3,8 @@
 //! Invariants: rules are off and every delayed operation is carried out before anything else is done; every open file gets back the very description it
 //! came from, or the backing description that served it, so positions, flags and locks stay; a failed exchange leaves everything on the hook, which goes
 //! on working, and recovery can be tried again. Everybody who holds something of the hook is moved, targets or not.
+//!
+//! Length: one transaction, whose order is the point: reading it in pieces would hide what undoes what.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashSet};

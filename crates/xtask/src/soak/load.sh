@@ -5,6 +5,8 @@
 set -u
 volume=$1 control=$2 binaries=$3
 cd "$control"
+# The directory goes with whoever measures, even if that is killed.
+working() { [ -e load.py ] && [ ! -e stop ]; }
 as_postgres() { setpriv --reuid postgres --regid postgres --clear-groups "$@"; }
 
 install -d -o postgres -m 700 "$volume/pg" "$control/pg"
@@ -28,7 +30,7 @@ python3 load.py prober "$volume" "$control" 1 2>prober-1.log & three=$!
 echo $one $two $three >workers.pid
 (
     runs=0 errors=0
-    while [ ! -e stop ]; do
+    while working; do
         fio --output=fio.log fio.job || { errors=$((errors + 1)); cp fio.log "fio-failed-$errors.log"; }
         runs=$((runs + 1))
     done
@@ -36,7 +38,7 @@ echo $one $two $three >workers.pid
 ) 2>fio-errors.log & four=$!
 (
     transactions=0 errors=0
-    while [ ! -e stop ]; do
+    while working; do
         bench -n -c 4 -j 1 -T 10 -R 100 >pgbench.log 2>&1 || { errors=$((errors + 1)); cp pgbench.log "pgbench-failed-$errors.log"; sleep 1; }
         transactions=$((transactions + $(sed -n 's/^number of transactions actually processed: \([0-9]*\).*/\1/p' pgbench.log | grep . || echo 0)))
         errors=$((errors + $(sed -n 's/^number of failed transactions: \([0-9]*\).*/\1/p' pgbench.log | grep . || echo 0)))
@@ -48,7 +50,7 @@ echo $one $two $three >workers.pid
     echo "{\"operations\": $transactions, \"errors\": $errors}" >pgbench-1.json
 ) & five=$!
 # What SQLite opens while attached stays on the hook until it is closed, because of its locks: this is to be seen from the other side only.
-until [ -e sqlite-1.works ] && [ -e sqlite-2.works ] && [ -e prober-1.works ]; do
+until ! working || [ -e sqlite-1.works ] && [ -e sqlite-2.works ] && [ -e prober-1.works ]; do
     sleep 0.1
 done
 touch ready
