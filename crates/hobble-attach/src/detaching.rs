@@ -239,6 +239,9 @@ impl Engine {
                         .map(crate::attaching::not_moved)
                         .collect();
                     watch.lap("exchange");
+                    given.stops += 1;
+                    given.descriptors += report.descriptors as u64;
+                    given.mappings += report.mappings as u64;
                     if !slice.is_whole() {
                         let released = stopped.release();
                         watch.lap("release");

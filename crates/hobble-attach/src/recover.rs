@@ -301,8 +301,8 @@ fn undo(
     let (left, pause) = work.all(force)?;
     publish(EventKind::Recovered(Recovered {
         pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
-        rules: Vec::new(),
         left,
+        ..Recovered::default()
     }));
     finish(dir, story.living_holder())
 }
