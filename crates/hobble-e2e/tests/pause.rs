@@ -93,7 +93,8 @@ fn fifteen_thousand_descriptors() -> Result<()> {
         let attach = number(&target.expect("report")?, "gap_us")?;
         assert_hooked(&target, volume.path(), true)?;
         hobble.run(["update", "--fault", "latency=1ms op=read percent=1"])?;
-        target.expect("check").context("after the update")?;
+        assert_hooked(&target, volume.path(), true).context("after the update")?;
+        target.assert_running()?;
         target.expect("reset")?;
         injection.recover()?;
         let recover = number(&target.expect("report")?, "gap_us")?;
