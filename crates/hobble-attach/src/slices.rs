@@ -23,6 +23,8 @@ const EACH: usize = 3;
 const LEAST: usize = 2;
 /// So few are not worth a stop of their own, however little room there is.
 const SMALLEST: usize = 128;
+/// So many make a stop short enough, whatever room there is.
+const LARGEST: usize = 3_000;
 /// Stops that one attachment may take.
 const MOST: usize = 24;
 /// How long descriptors that were closed by another thread are waited for.
@@ -158,10 +160,10 @@ fn cut(
     }
     let mut slices = Vec::new();
     let (mut from, mut size, mut moved) = (0, 0, 0);
-    let most = |moved: usize| room.saturating_sub(moved) / EACH;
+    let fits = |moved: usize| room.saturating_sub(moved) / EACH;
     let mut last = 0;
     for (key, count) in keys {
-        if size > 0 && size + count > most(moved) {
+        if size > 0 && size + count > fits(moved).min(LARGEST) {
             slices.push(Slice {
                 from,
                 until: key - 1,
@@ -173,7 +175,7 @@ fn cut(
         size += count;
         last = count;
         // One file's, or the locked ones', which stay together: those may do without what is for speed.
-        if size > most(moved) && size * LEAST > room.saturating_sub(moved) {
+        if size > fits(moved) && size * LEAST > room.saturating_sub(moved) {
             return Err(TooMany {
                 held,
                 together: last,
@@ -234,7 +236,7 @@ pub(crate) fn outwards(held: usize) -> usize {
     loop {
         let size = room() / EACH;
         if size >= held.min(SMALLEST) || Instant::now() >= until {
-            return size.max(1).min(held);
+            return size.clamp(1, LARGEST).min(held);
         }
         std::thread::sleep(Duration::from_millis(10));
     }
