@@ -47,6 +47,17 @@ def connect():
     return db
 
 
+def again(db):
+    """Another connection after an error; what keeps it from being made is counted like any other."""
+    while True:
+        try:
+            db.close()
+            return connect()
+        except sqlite3.Error as error:
+            failed(error)
+            time.sleep(0.1)
+
+
 def sqlite():
     db = connect()
     committed = 0
@@ -60,8 +71,7 @@ def sqlite():
         if timed(transaction):
             committed += 5
         else:
-            db.close()
-            db = connect()
+            db = again(db)
         time.sleep(0.01)
     found = db.execute("select count(*) from row where writer = ?", (NUMBER,)).fetchone()[0]
     if found != committed:
