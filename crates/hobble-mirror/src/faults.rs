@@ -459,7 +459,6 @@ impl Inner {
         })
     }
 
-    /// Handles that bypass a rule of the plan in force, among those that `choose` wants.
     /// Whether a file whose reads and writes come to the server can be mapped shared.
     fn maps_direct(&self) -> bool {
         self.passthrough.load(Ordering::Relaxed)
@@ -470,6 +469,7 @@ impl Inner {
             })
     }
 
+    /// Handles that bypass a rule of the plan in force, among those that `choose` wants.
     pub(crate) fn misfits(&self, choose: impl Fn(&Handle) -> bool) -> Vec<HandleId> {
         let Some(active) = self.rules.active() else {
             return Vec::new();
