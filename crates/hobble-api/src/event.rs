@@ -247,6 +247,15 @@ pub struct Retrying {
 pub struct Recovered {
     /// Longest time any process of the target stood still while things were put back, in microseconds.
     pub pause_us: u64,
+    /// Times that the target was stopped for it: more than one where there was much to put back, or something came late.
+    #[serde(default)]
+    pub stops: u64,
+    /// Descriptors put back.
+    #[serde(default)]
+    pub descriptors: u64,
+    /// Mappings put back.
+    #[serde(default)]
+    pub mappings: u64,
     /// Final counters of the rules, in the order in which they were asked.
     pub rules: Vec<RuleCounts>,
     /// What could not be put back; empty in the normal case.
@@ -407,6 +416,9 @@ mod tests {
             },
             EventKind::Recovered(Recovered {
                 pause_us: 900,
+                stops: 2,
+                descriptors: 7,
+                mappings: 1,
                 rules: vec![RuleCounts {
                     name: "errno-1".into(),
                     evaluated: 10,

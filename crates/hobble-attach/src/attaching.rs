@@ -25,6 +25,7 @@ use crate::journaling::Steps;
 use crate::lock_keeper::Inwards;
 use crate::own::Own;
 use crate::preflight::{self, chain};
+use crate::slices::{self, Slice};
 use crate::stand_ins::StandIns;
 use crate::volume::Volume;
 
@@ -32,8 +33,6 @@ use crate::volume::Volume;
 const TRIES: u32 = 3;
 /// Between two tries.
 const BREATH: Duration = Duration::from_millis(60);
-/// Descriptors of ours that stay free for what is opened while the target stands still.
-const SPARE: usize = 1_024;
 /// How often what was missed is looked for after letting go.
 const ROUNDS: u32 = 6;
 
@@ -308,15 +307,16 @@ impl Engine {
         fault_point::pass("served");
         let census = match census {
             Some(census) => census,
-            None => census::take(&self.processes(target)?, &|facts| volume.holds(facts)).map_err(
-                |error| {
-                    AttachError::new(Step::Census, "the target cannot be looked into")
-                        .because(error)
-                },
-            )?,
+            None => self.held_by(target, &|facts| volume.holds(facts))?,
         };
+        // What the census holds is there already, and is kept.
+        let held = census.descriptions().len();
+        let parts = slices::inwards(&census, slices::room() + held).map_err(|too_many| {
+            AttachError::new(Step::Census, preflight::too_many(&too_many))
+                .hinting(preflight::MORE_DESCRIPTORS)
+        })?;
         Tracer::scope(|tracer| {
-            self.move_in(tracer, target, volume, census, moved)
+            self.move_in(tracer, target, volume, census, &parts, moved)
                 .map_err(Traced)
         })
         .map_err(|Traced(error)| error)
@@ -336,11 +336,83 @@ impl Engine {
         tracer: &Tracer,
         target: ProcessId,
         volume: &Volume,
-        mut census: Census,
+        census: Census,
+        parts: &[Slice],
         moved: &mut Moved,
     ) -> Result<(), AttachError> {
-        let mut stand_ins = StandIns::default();
         let total = (census.descriptions().len() + census.mapped_files().len()) as u64;
+        if let [whole] = parts {
+            let (census, stand_ins) =
+                self.move_slice(tracer, target, volume, whole, census, (0, total), moved)?;
+            return self.chase(tracer, target, volume, census, stand_ins, moved);
+        }
+        // It holds everything, and with that what the first slice needs.
+        drop(census);
+        tracing::info!(
+            open = total,
+            stops = parts.len(),
+            "the target has more open files than are moved at once"
+        );
+        let (mut unopened, mut before) = (0, 0);
+        for (number, slice) in parts.iter().enumerate() {
+            let mut attempt = 1;
+            loop {
+                let in_part = |facts: &census::FileFacts| slice.holds(facts) && volume.holds(facts);
+                let census = self.held_by(target, &in_part)?;
+                let count = census.descriptions().len() + census.mapped_files().len();
+                slices::wait_for_room(count);
+                let sofar = (before, total.max(before + count as u64));
+                match self.move_slice(tracer, target, volume, slice, census, sofar, moved) {
+                    Ok((_, stand_ins)) => {
+                        unopened += stand_ins.unopened;
+                        before += count as u64;
+                        break;
+                    }
+                    // The first one places the mount, which cannot be done twice: all of it is tried again by the caller.
+                    Err(error)
+                        if number > 0
+                            && attempt < TRIES
+                            && error.rolled_back()
+                            && is_transient(&error) =>
+                    {
+                        if let Some(hook) = self.hook.as_ref() {
+                            hook.unquiesce();
+                        }
+                        tracing::info!(%error, cause = error.cause_chain(), attempt, "a slice could not be moved at once");
+                        attempt += 1;
+                        std::thread::sleep(BREATH * attempt);
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        let census = self.held_by(target, &|facts| volume.holds(facts))?;
+        let mut stand_ins = StandIns::default();
+        stand_ins.unopened = unopened;
+        self.chase(tracer, target, volume, census, stand_ins, moved)
+    }
+
+    /// What the target holds of a part of the volume.
+    fn held_by(&self, target: ProcessId, holds: census::Volume<'_>) -> Result<Census, AttachError> {
+        census::take(&self.processes(target)?, holds).map_err(|error| {
+            AttachError::new(Step::Census, "the target cannot be looked into").because(error)
+        })
+    }
+
+    /// Opens what replaces what a census of one slice found, and exchanges it. `sofar` is how much was moved before, and how much there is in all.
+    #[allow(clippy::too_many_arguments)]
+    fn move_slice(
+        &mut self,
+        tracer: &Tracer,
+        target: ProcessId,
+        volume: &Volume,
+        slice: &Slice,
+        mut census: Census,
+        sofar: (u64, u64),
+        moved: &mut Moved,
+    ) -> Result<(Census, StandIns), AttachError> {
+        let mut stand_ins = StandIns::default();
+        let (before, total) = sofar;
         let kept = {
             let Some(hook) = self.hook.as_ref() else {
                 return Err(no_hook());
@@ -349,29 +421,40 @@ impl Engine {
             stand_ins.complete(hook, &census, |done| {
                 if last.elapsed() > Duration::from_millis(500) {
                     last = Instant::now();
-                    self.progress("precopy", done as u64, total);
+                    self.progress("precopy", before + done as u64, total);
                 }
             })
         };
         self.record(&Record::Keeping { kept })?;
-        self.progress("precopy", total, total);
+        let count = (census.descriptions().len() + census.mapped_files().len()) as u64;
+        self.progress("precopy", total.min(before + count), total);
         // Everything that needs many descriptors of ours has been opened.
-        census.prepare_rescan(SPARE);
+        census.prepare_rescan(slices::SPARE);
         fault_point::pass("precopied");
         if self.is_called_off() {
             return Err(called_off());
         }
 
-        self.switch_in(tracer, target, volume, &mut census, &mut stand_ins, moved)?;
-        self.chase(tracer, target, volume, census, stand_ins, moved)
+        self.switch_in(
+            tracer,
+            target,
+            volume,
+            slice,
+            &mut census,
+            &mut stand_ins,
+            moved,
+        )?;
+        Ok((census, stand_ins))
     }
 
     /// Stops, looks again, moves, lets go.
+    #[allow(clippy::too_many_arguments)]
     fn switch_in(
         &mut self,
         tracer: &Tracer,
         target: ProcessId,
         volume: &Volume,
+        slice: &Slice,
         census: &mut Census,
         stand_ins: &mut StandIns,
         moved: &mut Moved,
@@ -414,7 +497,9 @@ impl Engine {
         watch.lap("newborn");
         fault_point::pass("stopped");
         let difference = census
-            .rescan(stopped.processes(), &|facts| volume.holds(facts))
+            .rescan(stopped.processes(), &|facts| {
+                slice.holds(facts) && volume.holds(facts)
+            })
             .map_err(|error| {
                 AttachError::new(Step::Census, "the stopped target cannot be looked into")
                     .because(error)
@@ -647,7 +732,16 @@ impl Engine {
                 "opened natively while the hook was placed; moving that too"
             );
             stand_ins = StandIns::default();
-            match self.switch_in(tracer, target, volume, &mut census, &mut stand_ins, moved) {
+            let whole = Slice::whole();
+            match self.switch_in(
+                tracer,
+                target,
+                volume,
+                &whole,
+                &mut census,
+                &mut stand_ins,
+                moved,
+            ) {
                 Ok(()) => {}
                 // The rest of the target runs on the hook; what was missed is tried again.
                 Err(error) if error.rolled_back() && is_transient(&error) => {

@@ -91,6 +91,11 @@ impl Rounds {
         }
     }
 
+    /// The round that has begun was one of several that were meant to be, and does not count.
+    pub(crate) fn again(&mut self) {
+        self.counted = self.counted.saturating_sub(1);
+    }
+
     /// Whether the round that has begun is the last one.
     pub(crate) fn is_last(&self) -> bool {
         self.counted >= self.most

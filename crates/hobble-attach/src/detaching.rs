@@ -3,6 +3,8 @@
 //! Invariants: rules are off and every delayed operation is carried out before anything else is done; every open file gets back the very description it
 //! came from, or the backing description that served it, so positions, flags and locks stay; a failed exchange leaves everything on the hook, which goes
 //! on working, and recovery can be tried again. Everybody who holds something of the hook is moved, targets or not.
+//!
+//! Length: one transaction, whose order is the point: reading it in pieces would hide what undoes what.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -32,22 +34,25 @@ use crate::ledger;
 use crate::lock_keeper::{Outwards, lockable, must_stay};
 use crate::preflight::chain;
 use crate::sighting;
+use crate::slices::{self, Slice};
 
 /// Recovery may stop the target for longer than an attach: not to recover is worse.
 const LEAST_PAUSE: Duration = Duration::from_secs(2);
 /// The round from which on that is done: whoever was in a long call has had time to leave it.
 const PATIENT_FROM: u32 = 4;
-/// Descriptors of ours that stay free for what is opened while the target stands still.
-const SPARE: usize = 1_024;
 /// How often it is looked for what is still on the hook.
 const ROUNDS: u32 = 10;
 /// How long the kernel gets to let go of an unmounted filesystem that nobody is seen to hold.
 const LET_GO: Duration = Duration::from_secs(2);
 
-/// The processes that hold something of the hook, and what.
-fn holders(hook: &Hook, bystanders: &Bystanders) -> Result<(Vec<ProcessId>, Census), AttachError> {
+/// The processes that hold something of the hook, and what of a slice of it.
+fn holders(
+    hook: &Hook,
+    bystanders: &Bystanders,
+    slice: &Slice,
+) -> Result<(Vec<ProcessId>, Census), AttachError> {
     let device = hook.device();
-    let on_hook = move |facts: &census::FileFacts| facts.device == device;
+    let on_hook = |facts: &census::FileFacts| facts.device == device && slice.holds(facts);
     let failed = |error| {
         AttachError::new(Step::Census, "it cannot be found out who is on the hook").because(error)
     };
@@ -110,15 +115,31 @@ impl Engine {
         let mut immovable: Vec<NotCoveredStatus> = Vec::new();
         let mut bystanders = Bystanders::default();
         let mut rounds = Rounds::new(ROUNDS);
+        // What does not fit into one exchange goes back in slices, while the mount stays where it is, until the rest does.
+        // Files with locks go last: a process that opens one anew must meet its own lock on the side where it is.
+        let (mut from, mut with_locked) = (Some(0), false);
         while let Some(round) = rounds.begin() {
             let Some(hook) = self.hook.as_ref() else {
                 return Err(no_hook());
             };
-            let (processes, mut census) = holders(hook, &bystanders)?;
+            let open = hook.mirror().open_files();
+            let size = slices::outwards(open);
+            if size < open && from.is_none() && !with_locked {
+                (from, with_locked) = (Some(0), true);
+            }
+            let slice = match from {
+                Some(from) if size < open => Slice::next(from, size, open),
+                _ => Slice::whole(),
+            };
+            let choice = Choice {
+                force,
+                without_locked: !slice.is_whole() && !with_locked,
+            };
+            let (processes, mut census) = holders(hook, &bystanders, &slice)?;
             // Asked for while the target runs: each costs round trips through the hook.
             let mut known = Known::default();
             known.learn(hook, &census)?;
-            let stays = staying(hook, &census, &known, force);
+            let stays = staying(hook, &census, &known, choice);
             let moves = census.descriptions().len() - stays.len()
                 + census.mapped_files().len()
                 + census
@@ -126,7 +147,12 @@ impl Engine {
                     .iter()
                     .filter(|fs| fs.cwd.is_some() || fs.root.is_some())
                     .count();
-            if moves <= immovable.len() && !hook.is_placed() {
+            if moves == 0 && !slice.is_whole() {
+                from = slice.end();
+                rounds.again();
+                continue;
+            }
+            if moves <= immovable.len() && !hook.is_placed() && slice.is_whole() {
                 given.left = left(hook, &census, &stays);
                 given.left.append(&mut immovable);
                 given.left.extend(bystanders.into_left());
@@ -143,7 +169,7 @@ impl Engine {
                 tracing::warn!(%error, "the journal does not tell of the stop");
             }
             // Every description is given back through one more descriptor of ours.
-            census.prepare_rescan(SPARE + moves);
+            census.prepare_rescan(slices::SPARE + moves);
             // What is given back is found by descriptor.
             census.overlook_renames();
             let budget = Duration::from_micros(self.config.max_pause_us);
@@ -177,15 +203,17 @@ impl Engine {
             fault_point::pass("recover-stopped");
             let device = hook.device();
             census
-                .rescan(stopped.processes(), &|facts| facts.device == device)
+                .rescan(stopped.processes(), &|facts| {
+                    facts.device == device && slice.holds(facts)
+                })
                 .map_err(|error| {
                     AttachError::new(Step::Recover, "the stopped target cannot be looked into")
                         .because(error)
                 })?;
             watch.lap("census");
             known.learn(hook, &census)?;
-            let mut returns = returns(hook, &census, &known, force)?;
-            hook.stop_flushing(returns.stays.is_empty());
+            let mut returns = returns(hook, &census, &known, choice)?;
+            hook.stop_flushing(returns.stays.is_empty() && slice.is_whole());
             watch.lap("originals");
             let mut keeper = Outwards::new(hook, &returns.owners);
             let posix = std::mem::take(&mut returns.posix);
@@ -211,6 +239,18 @@ impl Engine {
                         .map(crate::attaching::not_moved)
                         .collect();
                     watch.lap("exchange");
+                    given.stops += 1;
+                    given.descriptors += report.descriptors as u64;
+                    given.mappings += report.mappings as u64;
+                    if !slice.is_whole() {
+                        let released = stopped.release();
+                        watch.lap("release");
+                        watch.tell();
+                        given.pause = given.pause.max(released.stood_still);
+                        from = slice.end();
+                        rounds.again();
+                        continue;
+                    }
                     // Its copies in other namespaces are looked for when the target runs again: that takes longer than all of this.
                     let taken = self.hook.as_mut().map_or(Ok(()), Hook::take_off);
                     watch.lap("unmount");
@@ -345,12 +385,24 @@ impl Known {
     }
 }
 
-/// Which descriptions stay on the hook until they are closed.
-fn staying(hook: &Hook, census: &Census, known: &Known, force: bool) -> BTreeSet<DescriptionId> {
-    if force {
+/// What goes back in a round.
+#[derive(Clone, Copy)]
+struct Choice {
+    /// Also what may make a program's own idea of its locks suffer.
+    force: bool,
+    /// Nothing of files on which there have been POSIX locks.
+    without_locked: bool,
+}
+
+/// Which descriptions stay on the hook, until they are closed or until a later round.
+fn staying(hook: &Hook, census: &Census, known: &Known, choice: Choice) -> BTreeSet<DescriptionId> {
+    if choice.force && !choice.without_locked {
         return BTreeSet::new();
     }
-    let stays = |info: &HandleInfo| must_stay(info, hook.mirror().has_seen_posix_locks(info.node));
+    let stays = |info: &HandleInfo| {
+        let seen = hook.mirror().has_seen_posix_locks(info.node);
+        (seen && choice.without_locked) || (!choice.force && must_stay(info, seen))
+    };
     census
         .descriptions()
         .map(|description| description.id)
@@ -386,10 +438,10 @@ fn returns<'c>(
     hook: &Hook,
     census: &'c Census,
     known: &Known,
-    force: bool,
+    choice: Choice,
 ) -> Result<Returns<'c>, AttachError> {
     let mirror = hook.mirror();
-    let stays = staying(hook, census, known, force);
+    let stays = staying(hook, census, known, choice);
     let held = mirror.with_locks(|locks| locks.held());
     let mut found = HashSet::new();
     let mut returns = Returns {

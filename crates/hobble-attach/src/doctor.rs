@@ -29,6 +29,7 @@ pub fn doctor(target: Option<(i32, &Path)>) -> Vec<Check> {
         root(),
         fuse(),
         passthrough(),
+        mappings(),
         ptrace(),
         forks(),
         descriptors(),
@@ -129,11 +130,11 @@ fn fuse() -> Check {
 
 fn passthrough() -> Check {
     match crate::server::probe() {
-        Ok(true) => ok(
+        Ok(offered) if offered.passthrough => ok(
             "passthrough",
             "files that no rule looks at are read, written and mapped inside the kernel",
         ),
-        Ok(false) => check(
+        Ok(_) => check(
             "passthrough",
             CheckOutcome::Warn,
             "the kernel offers no FUSE passthrough: every read and write goes through the server",
@@ -141,6 +142,25 @@ fn passthrough() -> Check {
         ),
         Err(_) => check(
             "passthrough",
+            CheckOutcome::Fail,
+            "cannot be asked for without FUSE",
+            None,
+        ),
+    }
+}
+
+fn mappings() -> Check {
+    match crate::server::probe() {
+        Ok(offered) if offered.direct_mappings => ok(
+            "shared mappings",
+            "files can be mapped shared, whatever rules look at them",
+        ),
+        Ok(_) => {
+            let (text, hint) = crate::hook::NO_DIRECT_MAPPINGS;
+            check("shared mappings", CheckOutcome::Warn, text, Some(hint))
+        }
+        Err(_) => check(
+            "shared mappings",
             CheckOutcome::Fail,
             "cannot be asked for without FUSE",
             None,

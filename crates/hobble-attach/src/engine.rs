@@ -119,6 +119,9 @@ pub(crate) struct Moved {
 #[derive(Debug, Default)]
 pub(crate) struct GivenBack {
     pub(crate) pause: Duration,
+    pub(crate) stops: u64,
+    pub(crate) descriptors: u64,
+    pub(crate) mappings: u64,
     /// What stays on the hook until it is closed.
     pub(crate) left: Vec<NotCovered>,
 }
@@ -717,6 +720,9 @@ impl Engine {
         fault_point::pass("recovered");
         self.board.publish(EventKind::Recovered(Recovered {
             pause_us: u64::try_from(given.pause.as_micros()).unwrap_or(u64::MAX),
+            stops: given.stops,
+            descriptors: given.descriptors,
+            mappings: given.mappings,
             rules: rule_counts(&self.plan),
             left: given.left.clone(),
         }));

@@ -149,10 +149,31 @@ pub(crate) fn source(id: &str) -> String {
     format!("hobble-{id}")
 }
 
-/// Whether the kernel offers passthrough at all.
-pub(crate) fn probe() -> Result<bool, AttachError> {
+/// What of this is offered by some kernels only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Offered {
+    /// Reads, writes and mappings of files that no rule looks at stay inside the kernel.
+    pub(crate) passthrough: bool,
+    /// A file can be mapped shared although all its reads and writes go to the server.
+    pub(crate) direct_mappings: bool,
+}
+
+/// What a kernel lacks that has no [`Offered::direct_mappings`], and the hint.
+pub(crate) const NO_DIRECT_MAPPINGS: (&str, &str) = (
+    "files that are mapped shared when they are moved are read through the page cache, so a rule for reads of them sees only what is not cached; files that are opened under a rule \
+     for data cannot be mapped shared (ENODEV)",
+    "Linux 6.6 or later",
+);
+
+/// What the kernel offers.
+pub(crate) fn probe() -> Result<Offered, AttachError> {
     probing(hobble_fuse::Config::default().max_stack_depth, |server| {
-        server.negotiated().features.contains(Features::PASSTHROUGH)
+        let features = server.negotiated().features;
+        let passthrough = features.contains(Features::PASSTHROUGH);
+        Offered {
+            passthrough,
+            direct_mappings: passthrough || features.contains(Features::DIRECT_IO_ALLOW_MMAP),
+        }
     })
 }
 
@@ -413,7 +434,7 @@ impl Hook {
 
     fn stand_in(
         &self,
-        original: OwnedFd,
+        original: impl Into<std::sync::Arc<OwnedFd>>,
         adoption: Adoption,
     ) -> std::io::Result<(AdoptedId, OwnedFd)> {
         let id = self.mirror.adopt(original, adoption)?;
@@ -429,23 +450,32 @@ impl Hook {
         }
     }
 
-    fn adoption(&self, facts: &FileFacts, pid: u32, ofd_locks: Vec<RangeLock>) -> Adoption {
+    fn adoption(
+        &self,
+        facts: &FileFacts,
+        pid: u32,
+        mapped: bool,
+        ofd_locks: Vec<RangeLock>,
+    ) -> Adoption {
         Adoption {
             path: self.ground.relative(&facts.path),
             deleted: facts.is_deleted,
             tmpfile: facts.is_nameless,
+            mapped,
             ofd_locks,
             pid,
         }
     }
 
-    /// Opens what replaces a description; gives the number of our own descriptor that keeps the original, and the name it is kept under.
+    /// Opens what replaces a description, whose file is `mapped` shared or not; gives the number of our own descriptor that keeps the original, and the name it is kept under.
     pub(crate) fn stand_in_for(
         &self,
         description: &Description,
         pid: u32,
+        mapped: bool,
     ) -> std::io::Result<(i32, AdoptedId, OwnedFd)> {
-        let original = description.kept.try_clone()?;
+        // The census's own: while the target is moved there is no room for one more of each.
+        let original = std::sync::Arc::clone(&description.kept);
         let number = original.as_raw_fd();
         let ofd_locks = description
             .locks
@@ -453,8 +483,10 @@ impl Hook {
             .filter(|held| held.lock.class == LockClass::Ofd)
             .filter_map(|held| range_lock(&held.lock))
             .collect();
-        let (id, stand_in) =
-            self.stand_in(original, self.adoption(&description.facts, pid, ofd_locks))?;
+        let (id, stand_in) = self.stand_in(
+            original,
+            self.adoption(&description.facts, pid, mapped, ofd_locks),
+        )?;
         Ok((number, id, stand_in))
     }
 
@@ -462,10 +494,11 @@ impl Hook {
     pub(crate) fn stand_in_for_mapping(
         &self,
         file: &MappedFile,
+        mapped: bool,
     ) -> std::io::Result<(AdoptedId, OwnedFd)> {
         let (id, stand_in) = self.stand_in(
             file.kept.try_clone()?,
-            self.adoption(&file.facts, 0, Vec::new()),
+            self.adoption(&file.facts, 0, mapped, Vec::new()),
         )?;
         // The target receives it, maps it and closes it again, which must not give up the locks that the target holds on the same file.
         if let Some(handle) = self.mirror.identify(stand_in.as_fd())?.handle {
@@ -481,7 +514,7 @@ impl Hook {
     ) -> std::io::Result<(AdoptedId, OwnedFd)> {
         self.stand_in(
             directory.kept.try_clone()?,
-            self.adoption(&directory.facts, 0, Vec::new()),
+            self.adoption(&directory.facts, 0, false, Vec::new()),
         )
     }
 

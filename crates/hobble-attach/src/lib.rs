@@ -48,6 +48,7 @@ mod server;
 mod session;
 mod sighting;
 mod single_file;
+mod slices;
 mod stand_ins;
 mod state_dir;
 mod story;

@@ -198,6 +198,11 @@ impl Originals {
         })
     }
 
+    /// How many files of the volume the holder has open.
+    pub(crate) fn len(&self) -> usize {
+        self.held.values().map(Vec::len).sum()
+    }
+
     /// Another descriptor of one of the holder's.
     fn duplicate(&self, number: i32, file: FileId) -> std::io::Result<OwnedFd> {
         let gone = || std::io::Error::from(rustix::io::Errno::STALE);

@@ -19,6 +19,7 @@ use crate::error::{AttachError, Step};
 use crate::inspect;
 use crate::options::InjectOptions;
 use crate::own::Own;
+use crate::slices::TooMany;
 use crate::volume::Volume;
 use machine::{backing, machine, propagation};
 use processes::{OUTSIDE, OUTSIDE_HINT, fitness, holdings, named, ourselves, outside};
@@ -264,4 +265,24 @@ fn plan(volume: &Volume, affected: &[AffectedProcess], scope: Scope) -> Vec<Stri
         ),
         "let the target go on, look for what was missed, turn the rules on".to_owned(),
     ]
+}
+
+/// The hint where more descriptors would help.
+pub(crate) const MORE_DESCRIPTORS: &str = "raise hobble's hard limit (ulimit -Hn, LimitNOFILE=)";
+
+/// Why a target has more open files than can be moved.
+pub(crate) fn too_many(why: &TooMany) -> String {
+    let TooMany {
+        held,
+        together,
+        room,
+    } = why;
+    let of_these = if *together > 0 {
+        format!(", of which {together} belong to one file or are locked and go together")
+    } else {
+        String::new()
+    };
+    format!(
+        "the target has {held} open files of the volume{of_these}: each takes a descriptor of Hobble's for as long as it is attached and two while it is moved, and there are {room}"
+    )
 }

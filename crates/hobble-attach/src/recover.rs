@@ -37,6 +37,7 @@ use crate::originals::Originals;
 use crate::preflight::chain;
 use crate::session::ServeConfig;
 use crate::sighting;
+use crate::slices::{self, Slice};
 use crate::state_dir::{AttachmentDir, StateDir};
 use crate::story::{RaisedLimit, Story};
 use crate::volume::{self};
@@ -314,8 +315,8 @@ fn undo(
     let (left, pause) = work.all(force)?;
     publish(EventKind::Recovered(Recovered {
         pause_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
-        rules: Vec::new(),
         left,
+        ..Recovered::default()
     }));
     finish(dir, story.living_holder())
 }
@@ -483,6 +484,9 @@ impl Undoing<'_> {
         }
         let originals = Originals::collect(story, &self.known)?;
         let mut rounds = Rounds::new(ROUNDS);
+        // As many stops as it takes for what does not fit into one, then one for the rest.
+        let parts = slices::parts(originals.len());
+        let mut number = if parts > 1 { 0 } else { parts };
         while let Some(round) = rounds.begin() {
             self.unmount(device)?;
             let mut processes = sighting::holders(device);
@@ -502,11 +506,20 @@ impl Undoing<'_> {
                 return Ok(());
             }
             let given_up = self.count_given_up();
-            let result = self.give_back(tracer, &processes, device, &originals);
+            let slice = if number < parts {
+                Slice::part(number, parts)
+            } else {
+                Slice::whole()
+            };
+            let result = self.give_back(tracer, &processes, device, &slice, &originals);
             if self.count_given_up() > given_up {
                 rounds.left_out(PATIENCE);
             }
             match result {
+                Ok(_) if !slice.is_whole() => {
+                    number += 1;
+                    rounds.again();
+                }
                 Ok(true) => {}
                 Ok(false) => return Ok(()),
                 // Somebody was in a long call, or under another tracer, which may have gone a moment later.
@@ -591,6 +604,7 @@ impl Undoing<'_> {
         tracer: &Tracer,
         processes: &[ProcessId],
         device: Device,
+        slice: &Slice,
         originals: &Originals,
     ) -> Result<bool, AttachError> {
         let _ = self.journal.append(&Record::Stopping {
@@ -604,13 +618,12 @@ impl Undoing<'_> {
                 return Err(stop_failed(Step::Recover, error).needing_recovery());
             }
         };
-        let census = census::take(stopped.processes(), &|facts| facts.device == device).map_err(
-            |error| {
-                AttachError::new(Step::Recover, "the stopped target cannot be looked into")
-                    .because(error)
-                    .needing_recovery()
-            },
-        )?;
+        let on_hook = |facts: &census::FileFacts| facts.device == device && slice.holds(facts);
+        let census = census::take(stopped.processes(), &on_hook).map_err(|error| {
+            AttachError::new(Step::Recover, "the stopped target cannot be looked into")
+                .because(error)
+                .needing_recovery()
+        })?;
         self.left.clear();
         let locks = CrashLocks::new(self.story, originals);
         let mut positions = BTreeMap::new();
@@ -667,7 +680,9 @@ impl Undoing<'_> {
         if moves == 0 {
             return Ok(false);
         }
-        self.left.append(&mut locks.unplaced());
+        if slice.is_whole() {
+            self.left.append(&mut locks.unplaced());
+        }
         let posix = locks.for_journal(&census);
         if let Err(error) = self.journal.append(&Record::Locks { posix }) {
             tracing::warn!(%error, "the journal does not tell of the locks");

@@ -27,6 +27,7 @@ use crate::hook::Hook;
 use crate::journal::Record;
 use crate::journaling::Steps;
 use crate::sighting;
+use crate::slices::{self, Slice};
 
 /// How often a target that could not be stopped in time is tried again.
 const TRIES: u32 = 3;
@@ -240,13 +241,34 @@ impl Engine {
     }
 
     fn reopen(&mut self, wanted: &BTreeSet<u64>, step: Step) -> Result<(), AttachError> {
+        // Each is looked at through one more descriptor of ours, and opened anew through another.
+        let open = self
+            .hook
+            .as_ref()
+            .map_or(0, |hook| hook.mirror().open_files());
+        let parts = slices::parts(open);
+        for number in 0..parts {
+            self.reopen_slice(wanted, step, &Slice::part(number, parts))?;
+            if parts > 1 {
+                slices::wait_for_room(open.div_ceil(parts));
+            }
+        }
+        Ok(())
+    }
+
+    fn reopen_slice(
+        &mut self,
+        wanted: &BTreeSet<u64>,
+        step: Step,
+        slice: &Slice,
+    ) -> Result<(), AttachError> {
         let mut rounds = Rounds::new(TRIES);
         let mut bystanders = Bystanders::default();
         loop {
             let attempt = rounds.begin();
             let left_out = bystanders.count();
             let result = Tracer::scope(|tracer| {
-                self.reopen_once(tracer, wanted, step, &mut bystanders)
+                self.reopen_once(tracer, wanted, step, slice, &mut bystanders)
                     .map_err(Traced)
             })
             .map_err(|Traced(error)| error);
@@ -272,13 +294,14 @@ impl Engine {
         tracer: &Tracer,
         wanted: &BTreeSet<u64>,
         step: Step,
+        slice: &Slice,
         bystanders: &mut Bystanders,
     ) -> Result<(), AttachError> {
         let Some(hook) = self.hook.as_ref() else {
             return Err(no_hook());
         };
         let device = hook.device();
-        let on_hook = move |facts: &census::FileFacts| facts.device == device;
+        let on_hook = |facts: &census::FileFacts| facts.device == device && slice.holds(facts);
         let looked = |error| {
             AttachError::new(step, "it cannot be found out who is on the hook").because(error)
         };

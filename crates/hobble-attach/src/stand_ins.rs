@@ -3,7 +3,7 @@
 //! Invariant: every stand-in is bound to the original it stands for before the target gets it; originals that are not taken over in the end are disowned, so
 //! nothing is kept open for nobody.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 
 use hobble_api::status::NotCovered as NotCoveredStatus;
@@ -47,6 +47,7 @@ impl StandIns {
         let mut opened = 0;
         self.failed.clear();
         self.unopened = 0;
+        let mapped = mapped_shared(census);
         for description in census.descriptions() {
             if self.descriptions.contains_key(&description.id) {
                 continue;
@@ -60,7 +61,11 @@ impl StandIns {
                 .first()
                 .and_then(|place| u32::try_from(place.who.pid).ok())
                 .unwrap_or(0);
-            match hook.stand_in_for(description, pid) {
+            match hook.stand_in_for(
+                description,
+                pid,
+                mapped.contains(&file_of(&description.facts)),
+            ) {
                 Ok((holder_fd, id, stand_in)) => {
                     let (dev, ino) = (description.facts.device.raw(), description.facts.inode);
                     kept.push(Kept {
@@ -86,7 +91,7 @@ impl StandIns {
             if self.files.contains_key(&file.id) {
                 continue;
             }
-            match hook.stand_in_for_mapping(file) {
+            match hook.stand_in_for_mapping(file, mapped.contains(&file_of(&file.facts))) {
                 Ok((id, stand_in)) => {
                     self.passing.push(id);
                     self.files.insert(file.id, stand_in);
@@ -200,6 +205,27 @@ impl StandIns {
             hook.mirror().disown(id);
         }
     }
+}
+
+/// The files that are mapped shared, by device and inode.
+fn mapped_shared(census: &Census) -> BTreeSet<(u64, u64)> {
+    let shared: BTreeSet<MappedFileId> = census
+        .spaces()
+        .iter()
+        .flat_map(|space| &space.mappings)
+        .filter(|mapping| mapping.is_shared)
+        .map(|mapping| mapping.file)
+        .collect();
+    census
+        .mapped_files()
+        .iter()
+        .filter(|file| shared.contains(&file.id))
+        .map(|file| file_of(&file.facts))
+        .collect()
+}
+
+fn file_of(facts: &census::FileFacts) -> (u64, u64) {
+    (facts.device.raw(), facts.inode)
 }
 
 fn not_opened(path: &std::path::Path, error: &dyn std::error::Error) -> NotCoveredStatus {

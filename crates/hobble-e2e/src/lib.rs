@@ -25,6 +25,14 @@ pub fn cycles(default: u32) -> u32 {
         .unwrap_or(default)
 }
 
+/// By how much a machine is slower than what the bounds of the tests are meant for: `$HOBBLE_SLOWNESS`, or 1. Only upper bounds on times are stretched by it.
+pub fn slowness() -> u64 {
+    std::env::var("HOBBLE_SLOWNESS")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(1)
+}
+
 /// Runs `test` in a mount namespace of its own with a fresh state directory, and checks that it leaves nothing behind.
 ///
 /// # Errors

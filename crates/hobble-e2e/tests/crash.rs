@@ -204,6 +204,30 @@ fn everything_dies_but_the_target() -> Result<()> {
     })
 }
 
+#[test]
+fn fifteen_thousand_files_outlive_the_server() -> Result<()> {
+    scene(Kind::Ext4, |outer, volume| {
+        let hobble = Hobble::with_state_dir(&outer.scratch().path().join("crashing"))?;
+        let mut target = Target::start(
+            Program::FilesC,
+            [text(volume.path())?, "15000", "1", "nap", "busy"],
+        )?;
+        let before = movable(&target)?;
+        target.expect("tolerate 1")?;
+        let injection = hobble.attach(target.pid(), volume.path(), &["--no-rules"])?;
+        let servers = hobble.servers();
+        ensure!(!servers.is_empty(), "the server was not found");
+        kill_all(&servers);
+        drop(injection);
+        clean_up(&hobble)?;
+        target.expect("tolerate 0")?;
+        assert_hooked(&target, volume.path(), false)?;
+        assert_same_descriptors(&target, &before)?;
+        target.expect("check")?;
+        target.finish().map(drop)
+    })
+}
+
 fn at_random_moments(
     fate: Fate,
     who: &str,

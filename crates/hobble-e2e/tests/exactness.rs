@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use hobble_e2e::{errno, rule_count, scene};
+use hobble_e2e::{errno, rule_count, scene, slowness};
 use hobble_testkit::program::Program;
 use hobble_testkit::target::{Target, number, text};
 use hobble_testkit::volume::Kind;
@@ -89,12 +89,17 @@ fn twenty_milliseconds_on_fsync_are_twenty_milliseconds() -> Result<()> {
         let reads = number(&target.expect("read 1 200 4096")?, "median_us")?;
         injection.recover()?;
         let after = number(&target.expect("fsync 1 60")?, "median_us")?;
+        // On an emulated processor the native median of one moment is no bound for the next.
+        let least = if slowness() > 1 { 0 } else { native };
         ensure!(
-            (native + 20_000..=native + 23_000).contains(&hooked),
+            (least + 20_000..=native + 20_000 + 3_000 * slowness()).contains(&hooked),
             "native {native} us, hooked {hooked} us"
         );
-        ensure!(reads < 5_000, "reads are slow too: {reads} us");
-        ensure!(after < 15_000, "slow after recovery: {after} us");
+        ensure!(reads < 5_000 * slowness(), "reads are slow too: {reads} us");
+        ensure!(
+            after < 15_000 * slowness(),
+            "slow after recovery: {after} us"
+        );
         target.finish().map(drop)
     })
 }

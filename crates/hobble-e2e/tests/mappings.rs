@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use hobble_e2e::{cycles, scene};
+use hobble_testkit::hobble::Hobble;
 use hobble_testkit::program::Program;
 use hobble_testkit::target::{Target, number, text};
 use hobble_testkit::volume::Kind;
@@ -30,7 +31,19 @@ fn mappings(pid: u32, volume: &Path) -> Result<BTreeMap<String, (String, String,
 
 #[test]
 fn dirty_private_and_shared_mappings_survive() -> Result<()> {
-    scene(Kind::Ext4, |hobble, volume| {
+    survive("")
+}
+
+#[test]
+fn mappings_survive_on_a_kernel_that_maps_no_direct_files() -> Result<()> {
+    survive("passthrough,direct_io_allow_mmap")
+}
+
+/// With these features of the kernel's switched off.
+fn survive(masked: &str) -> Result<()> {
+    scene(Kind::Ext4, |outer, volume| {
+        let mut hobble = Hobble::with_state_dir(&outer.scratch().path().join("masked"))?;
+        hobble.env("HOBBLE_MASK", masked);
         let mut target = Target::start(Program::Maps, [text(volume.path())?, "256", "40", "nap"])?;
         let before = mappings(target.pid(), volume.path())?;
         ensure!(before.len() > 40, "{before:?}");

@@ -62,6 +62,8 @@ pub struct Adoption {
     pub deleted: bool,
     /// It was made by `O_TMPFILE` without `O_EXCL` and has no name so far.
     pub tmpfile: bool,
+    /// Some program that is being moved has the file mapped shared.
+    pub mapped: bool,
     /// OFD locks that it holds.
     pub ofd_locks: Vec<RangeLock>,
     /// The process it was found in.
@@ -145,6 +147,8 @@ impl Table {
                     tmpfile: known.tmpfile,
                     // Registered when its stand-in was opened.
                     ofd_locks: Vec::new(),
+                    // Asked when a stand-in is opened, which it has.
+                    mapped: false,
                     pid: known.pid,
                 },
                 above: known.above.iter().map(|node| NodeId(*node)).collect(),
@@ -264,14 +268,22 @@ fn mirrored(flags: OFlags) -> OFlags {
 const SETTLE: Duration = Duration::from_millis(500);
 
 impl Mirror {
-    /// Takes over the original of a description that is to be moved. The caller may close its own copy: the mirror keeps the description open.
+    /// Takes over the original of a description that is to be moved. The caller may share it or close its own copy: the mirror keeps the description open.
     ///
     /// # Errors
     /// `EXDEV` when the file is not on a filesystem of this mirror; what reading its attributes says.
-    pub fn adopt(&self, original: OwnedFd, facts: Adoption) -> io::Result<AdoptedId> {
+    pub fn adopt(
+        &self,
+        original: impl Into<Arc<OwnedFd>>,
+        facts: Adoption,
+    ) -> io::Result<AdoptedId> {
+        let original = original.into();
         let inner = &self.inner;
         let path = (!facts.deleted).then_some(facts.path.as_slice());
         let node = inner.store.adopt(original.as_fd(), path)?;
+        if facts.mapped {
+            node.was_mapped.store(true, Ordering::Release);
+        }
         let mut above = Vec::new();
         if node.with_names(|names| names.first().is_none()) {
             // For the rules: it is matched by the path it was last known by.
@@ -281,7 +293,7 @@ impl Mirror {
         let adopted = Adopted {
             id,
             node,
-            original: Arc::new(original),
+            original,
             replaced: AtomicBool::new(false),
             facts,
             above,

@@ -159,6 +159,11 @@ fn intercepts(inner: &Inner, plan: &Plan, node: &Node) -> bool {
     if !plan.ops().intersects(OpSet::WITH_DATA) {
         return false;
     }
+    // Before Linux 6.6 a file that is open for direct I/O cannot be mapped shared (fs/fuse/file.c, `fuse_file_mmap`: ENODEV), and reads and writes that pass by the page cache
+    // would not agree with what is mapped: all of its users stay with the cache, where a rule for reads sees only what is not cached yet.
+    if node.was_mapped.load(Ordering::Acquire) && !inner.maps_direct() {
+        return false;
+    }
     let paths = inner.matches_of(plan, node);
     if paths.is_empty() {
         return plan.intercepts_data(&plan.match_unknown_path());
@@ -452,6 +457,16 @@ impl Inner {
                 .features
                 .contains(hobble_fuse::Features::HAS_EXPIRE_ONLY)
         })
+    }
+
+    /// Whether a file whose reads and writes come to the server can be mapped shared.
+    fn maps_direct(&self) -> bool {
+        self.passthrough.load(Ordering::Relaxed)
+            || self.negotiated.get().is_some_and(|agreed| {
+                agreed
+                    .features
+                    .contains(hobble_fuse::Features::DIRECT_IO_ALLOW_MMAP)
+            })
     }
 
     /// Handles that bypass a rule of the plan in force, among those that `choose` wants.

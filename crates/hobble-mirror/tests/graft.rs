@@ -204,7 +204,10 @@ fn an_unlinked_file_is_stood_in_for_and_shown_as_deleted() {
         };
         let id = hook
             .mirror
-            .adopt(original.try_clone().unwrap().into(), facts)
+            .adopt(
+                std::os::fd::OwnedFd::from(original.try_clone().unwrap()),
+                facts,
+            )
             .unwrap();
         let mut file = stand_in(hook, id);
         let mut text = String::new();
@@ -270,7 +273,10 @@ fn a_nameless_temporary_file_can_still_be_linked() {
             };
             let id = hook
                 .mirror
-                .adopt(original.try_clone().unwrap().into(), facts)
+                .adopt(
+                    std::os::fd::OwnedFd::from(original.try_clone().unwrap()),
+                    facts,
+                )
                 .unwrap();
             let file = stand_in(hook, id);
             assert_eq!(file.metadata().unwrap().nlink(), 0);

@@ -327,7 +327,10 @@ fn adopted(
     };
     let id = hook
         .mirror
-        .adopt(original.try_clone().unwrap().into(), facts)
+        .adopt(
+            std::os::fd::OwnedFd::from(original.try_clone().unwrap()),
+            facts,
+        )
         .unwrap();
     let file = hook.mirror.stand_in(hook.mount.as_fd(), id).unwrap();
     (id, File::from(file))

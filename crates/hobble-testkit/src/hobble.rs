@@ -3,6 +3,7 @@
 //! Owns one state directory and what runs in it. Invariant: what was attached is recovered with the guard, or by the reaper
 //! once this process is gone; no command is waited for without a limit.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
@@ -215,16 +216,16 @@ impl Hobble {
     /// # Errors
     /// With the `failed` event if there is one.
     pub fn attach(&self, pid: u32, path: &Path, more: &[&str]) -> Result<Injection> {
-        let mut injection = self.inject(
-            [
-                "--pid".as_ref(),
-                pid.to_string().as_ref(),
-                "--path".as_ref(),
-                path.as_os_str(),
-            ]
-            .into_iter()
-            .chain(more.iter().map(std::ffi::OsStr::new)),
-        )?;
+        let pid = pid.to_string();
+        let mut arguments = vec![OsStr::new("--pid"), OsStr::new(&pid), OsStr::new("--path")];
+        arguments.push(path.as_os_str());
+        arguments.extend(more.iter().map(OsStr::new));
+        // An emulated machine may not keep the default; a test that names a bound of its own means it.
+        let bound = std::env::var_os("HOBBLE_TEST_MAX_PAUSE");
+        if let Some(bound) = bound.as_ref().filter(|_| !more.contains(&"--max-pause")) {
+            arguments.extend([OsStr::new("--max-pause"), bound.as_os_str()]);
+        }
+        let mut injection = self.inject(arguments)?;
         injection.wait_event("injecting", STEP)?;
         Ok(injection)
     }

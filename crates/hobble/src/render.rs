@@ -161,14 +161,19 @@ fn in_force(word: &str, rules: &Rules) -> String {
 }
 
 fn recovered(recovered: &Recovered) -> Vec<Line> {
+    let mut stood_still = micros(recovered.pause_us);
+    if recovered.stops > 1 {
+        stood_still.push_str(&format!(
+            " at most, {} times, for {} descriptors and {} mappings",
+            recovered.stops, recovered.descriptors, recovered.mappings
+        ));
+    }
     let mut lines = vec![Line::plain(format!(
-        "recovered: everything is back; the target stood still for {}",
-        micros(recovered.pause_us)
+        "recovered: everything is back; the target stood still for {stood_still}"
     ))];
     if !recovered.left.is_empty() {
         lines = vec![Line::plain(format!(
-            "recovered, but for what follows; the target stood still for {}",
-            micros(recovered.pause_us)
+            "recovered, but for what follows; the target stood still for {stood_still}"
         ))];
         lines.extend(
             recovered

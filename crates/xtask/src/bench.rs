@@ -24,6 +24,7 @@ const LIMITS: &[(u32, Duration)] = &[
     (1, Duration::from_millis(3)),
     (1000, Duration::from_millis(10)),
     (5000, Duration::from_millis(40)),
+    (15_000, Duration::from_millis(200)),
 ];
 
 /// More runnable threads than this, averaged over the last minute (proc_loadavg(5)), and the target competes for its processor.
@@ -43,7 +44,7 @@ pub(crate) struct Pause {
     #[arg(long, default_value_t = 10)]
     runs: usize,
     /// Numbers of descriptors
-    #[arg(long, value_delimiter = ',', default_values_t = [1, 1000, 5000])]
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 1000, 5000, 15_000])]
     descriptors: Vec<u32>,
     /// Print JSON only
     #[arg(long)]
@@ -60,12 +61,12 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
 }
 
 /// One case: its name and the target's command line.
-struct Case {
-    name: String,
-    program: Program,
-    arguments: Vec<String>,
+pub(crate) struct Case {
+    pub(crate) name: String,
+    pub(crate) program: Program,
+    pub(crate) arguments: Vec<String>,
     /// Most that either median may be, where something is promised.
-    limit: Option<Duration>,
+    pub(crate) limit: Option<Duration>,
 }
 
 fn cases(options: &Pause) -> Vec<Case> {
@@ -100,7 +101,7 @@ fn cases(options: &Pause) -> Vec<Case> {
 }
 
 /// One run, all in microseconds.
-struct Sample {
+pub(crate) struct Sample {
     native: u64,
     attach: u64,
     recover: u64,
@@ -189,7 +190,7 @@ fn pause(options: &Pause) -> Result<()> {
 }
 
 /// Which medians of a row are above what is promised.
-fn above(case: &Case, row: &Value) -> Vec<String> {
+pub(crate) fn above(case: &Case, row: &Value) -> Vec<String> {
     let Some(limit) = case.limit else {
         return Vec::new();
     };
@@ -224,7 +225,7 @@ fn median(mut values: Vec<u64>) -> u64 {
     }
 }
 
-fn row(case: &Case, samples: &[Sample]) -> Value {
+pub(crate) fn row(case: &Case, samples: &[Sample]) -> Value {
     let median = |of: &dyn Fn(&Sample) -> u64| median(samples.iter().map(of).collect());
     let most = |of: &dyn Fn(&Sample) -> u64| samples.iter().map(of).max().unwrap_or(0);
     let above_attach = |sample: &Sample| sample.attach.saturating_sub(sample.native);
@@ -242,7 +243,15 @@ fn row(case: &Case, samples: &[Sample]) -> Value {
     })
 }
 
-fn sample(namespace: &Namespace, binary: &std::path::Path, case: &Case) -> Result<Sample> {
+/// One run of a case, on a volume of its own.
+///
+/// # Errors
+/// When any step fails, or the target finds fault with its files.
+pub(crate) fn sample(
+    namespace: &Namespace,
+    binary: &std::path::Path,
+    case: &Case,
+) -> Result<Sample> {
     let volume = Volume::new(namespace, Kind::Ext4)?;
     let hobble = Hobble::with_binary(binary)?;
     let mut arguments = vec![text(volume.path())?.to_owned()];
@@ -333,7 +342,7 @@ mod tests {
             .filter_map(|case| case.limit)
             .map(|limit| limit.as_millis())
             .collect();
-        assert_eq!(limits, [3, 10, 40]);
+        assert_eq!(limits, [3, 10, 40, 200]);
     }
 
     #[test]

@@ -5,7 +5,9 @@
 
 mod bench;
 mod conformance;
+mod kernels;
 mod setup;
+mod soak;
 mod style;
 mod suite;
 mod tools;
@@ -27,6 +29,10 @@ enum Task {
     Test(suite::Options),
     /// pjdfstest and fsx on ext4, natively and through `hobble exec`, with the results compared
     Conformance(conformance::Options),
+    /// The end-to-end tests on Debian's kernels 6.1 and 6.12, in a virtual machine
+    Kernels(kernels::Options),
+    /// Attach and recover in a loop under fio, SQLite and PostgreSQL, which check every byte
+    Soak(soak::Options),
     /// Measure
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -39,6 +45,8 @@ fn main() -> anyhow::Result<()> {
         Task::Setup => setup::run(),
         Task::Test(options) => suite::run(&options),
         Task::Conformance(options) => conformance::run(&options),
+        Task::Kernels(options) => kernels::run(&options),
+        Task::Soak(options) => soak::run(&options),
         Task::Bench(bench) => bench::run(&bench),
         Task::Style => style::run(),
     }

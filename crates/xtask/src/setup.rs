@@ -49,12 +49,16 @@ const SUITES: &[(&str, &str)] = &[("pjdfstest", "0.2.2"), ("fsx", "0.3.2")];
 const INSTALL_LIMIT: Duration = Duration::from_secs(900);
 
 pub(crate) fn run() -> Result<()> {
-    packages()?;
+    install(COMMANDS)?;
     suites()
 }
 
-fn packages() -> Result<()> {
-    let missing: BTreeSet<&str> = COMMANDS
+/// Installs the packages of those commands that are not there.
+///
+/// # Errors
+/// When apt cannot, or a package does not bring its command.
+pub(crate) fn install(commands: &[(&str, &str)]) -> Result<()> {
+    let missing: BTreeSet<&str> = commands
         .iter()
         .filter(|(name, _)| command::find(name).is_none())
         .map(|(_, package)| *package)
@@ -67,16 +71,16 @@ fn packages() -> Result<()> {
         "setup: installing {}",
         missing.iter().copied().collect::<Vec<_>>().join(" ")
     );
-    let Some(apt) = command::find("apt-get") else {
+    if command::find("apt-get").is_none() {
         bail!(
             "this machine has no apt-get: install these Debian packages or their equals: {missing:?}"
         );
-    };
-    apt_get(&apt, &["update", "-qq"])?;
+    }
+    apt_get(&["update", "-qq"])?;
     let mut arguments = vec!["install", "-y", "-qq", "--no-install-recommends"];
     arguments.extend(&missing);
-    apt_get(&apt, &arguments)?;
-    for (name, package) in COMMANDS {
+    apt_get(&arguments)?;
+    for (name, package) in commands {
         if command::find(name).is_none() {
             bail!("{package} is installed but brought no {name}");
         }
@@ -84,7 +88,12 @@ fn packages() -> Result<()> {
     Ok(())
 }
 
-fn apt_get(apt: &std::path::Path, arguments: &[&str]) -> Result<()> {
+/// Runs apt-get without asking anybody anything.
+///
+/// # Errors
+/// When it fails, or there is none.
+pub(crate) fn apt_get(arguments: &[&str]) -> Result<()> {
+    let apt = command::find("apt-get").context("this machine has no apt-get")?;
     let mut install = Command::new(apt);
     install
         .args(arguments)

@@ -31,12 +31,20 @@ pub(super) fn machine(reasons: &mut Reasons) -> bool {
         return false;
     }
     match crate::server::probe() {
-        Ok(true) => return true,
-        Ok(false) => reasons.degrade(
+        Ok(offered) => {
+            if !offered.direct_mappings {
+                let (text, hint) = crate::hook::NO_DIRECT_MAPPINGS;
+                reasons.degrade("no_direct_mappings", text, Some(hint));
+            }
+            if offered.passthrough {
+                return true;
+            }
+            reasons.degrade(
             "no_passthrough",
             "the kernel offers no FUSE passthrough: every read and write goes through the server, mapped files are kept coherent only among users of the hook",
             Some("Linux 6.9 or later with CONFIG_FUSE_PASSTHROUGH"),
-        ),
+            );
+        }
         Err(error) => reasons.refuse("fuse", chain(&error), Some("`hobble doctor` tells more")),
     }
     false

@@ -9,14 +9,16 @@ use hobble_graft::proc::locks::LockClass;
 use hobble_graft::proc::status::Seccomp;
 use hobble_graft::proc::tree;
 
+use super::MORE_DESCRIPTORS;
 use super::chain;
 use super::reasons::Reasons;
 use crate::inspect;
 use crate::own::Own;
+use crate::slices;
 use crate::volume::Volume;
 
 /// Descriptors that a server needs besides those it keeps for the target.
-const OWN_DESCRIPTORS: u64 = 256;
+const OWN_DESCRIPTORS: usize = 256;
 
 /// What is the matter with a target in another mount namespace than the volume's: mounts there are copies, and the hook lies on none of them.
 pub(super) const OUTSIDE: &str =
@@ -209,17 +211,17 @@ pub(super) fn ourselves(own: Own, processes: &[ProcessId], volume: &Volume, reas
 
 /// What the target holds that cannot be moved, or only with losses.
 pub(super) fn holdings(census: &Census, volume: &Volume, reasons: &mut Reasons) {
-    // Each moved description: the census's copy, the one that is kept, and the stand-in; fewer as soon as the target goes on.
-    let needed =
-        (census.descriptions().len() + census.mapped_files().len()) as u64 * 3 + OWN_DESCRIPTORS;
-    if let Some(limit) = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum
-        && needed > limit
-    {
-        reasons.refuse(
-            "descriptors",
-            format!("about {needed} open files are needed while the target is moved, the hard limit is {limit}"),
-            Some("raise hobble's hard limit (ulimit -Hn, LimitNOFILE=)"),
-        );
+    match slices::inwards(census, slices::room_at_most(OWN_DESCRIPTORS)) {
+        Ok(parts) if parts.len() > 1 => reasons.degrade(
+            "slices",
+            format!(
+                "it has more open files than are moved at once: they are moved in {} stops, and given back in several; between the first and the last, what it opens anew is on                  the hook already while an older descriptor of the same file may not be yet",
+                parts.len()
+            ),
+            Some(MORE_DESCRIPTORS),
+        ),
+        Ok(_) => {}
+        Err(too_many) => reasons.refuse("descriptors", super::too_many(&too_many), Some(MORE_DESCRIPTORS)),
     }
     let posix = census
         .descriptions()

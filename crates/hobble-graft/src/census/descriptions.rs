@@ -8,6 +8,7 @@
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::sync::Arc;
 
 use rustix::io::Errno;
 
@@ -122,7 +123,7 @@ impl Descriptions {
         candidates.insert(low, id);
         let description = Description {
             id,
-            kept,
+            kept: Arc::new(kept),
             facts,
             flags,
             position: 0,

@@ -14,6 +14,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::io::Errno;
 
@@ -175,8 +176,9 @@ pub struct Directory {
 pub struct Description {
     /// Its name in this census.
     pub id: DescriptionId,
-    /// Our own descriptor of this very description. While it lives, so do the locks and the file.
-    pub kept: OwnedFd,
+    /// Our own descriptor of this very description. While it lives, so do the locks and the file. Whoever goes on needing it shares it with the census: a
+    /// descriptor more for each would halve how many fit under the limit.
+    pub kept: Arc<OwnedFd>,
     /// The file.
     pub facts: FileFacts,
     /// Access mode and status flags, as `F_GETFL` gives them.

@@ -71,6 +71,8 @@ pub(crate) struct Node {
     /// A writable shared mapping may exist: its stores change the times, and no request says so.
     pub(crate) may_be_mapped: AtomicBool,
     log: Log,
+    /// A program had it mapped shared when it was moved here.
+    pub(crate) was_mapped: AtomicBool,
 }
 
 #[derive(Default)]
@@ -98,6 +100,7 @@ impl Node {
             used: AtomicBool::new(false),
             may_be_mapped: AtomicBool::new(false),
             log,
+            was_mapped: AtomicBool::new(false),
         }
     }
 

@@ -65,7 +65,7 @@ fn the_end_has_a_table_and_calls_out_idle_rules() {
             rule("unlucky", 10, 1, 0),
             rule("idle", 0, 0, 0),
         ],
-        left: vec![],
+        ..Recovered::default()
     });
     assert_eq!(
         text(event(&at(kind))),
@@ -82,15 +82,30 @@ fn the_end_has_a_table_and_calls_out_idle_rules() {
 }
 
 #[test]
+fn several_stops_are_told_with_what_was_put_back() {
+    let kind = EventKind::Recovered(Recovered {
+        pause_us: 2000,
+        stops: 3,
+        descriptors: 15_000,
+        mappings: 2,
+        ..Recovered::default()
+    });
+    assert_eq!(
+        text(event(&at(kind))),
+        "recovered: everything is back; the target stood still for 2.0 ms at most, 3 times, for 15000 descriptors and 2 mappings"
+    );
+}
+
+#[test]
 fn what_is_left_is_not_called_everything() {
     let kind = EventKind::Recovered(Recovered {
         pause_us: 1,
-        rules: vec![],
         left: vec![NotCovered {
             what: "fd 3".into(),
             reason: "locked".into(),
             pid: None,
         }],
+        ..Recovered::default()
     });
     let text = text(event(&at(kind)));
     assert!(
