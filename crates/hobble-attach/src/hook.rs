@@ -3,6 +3,8 @@
 //! Invariants: the mirror is served from before the mount is placed until the kernel has let go of it; the rules see nobody before
 //! [`Hook::arm`] and nobody after [`Hook::disarm`]; what is kept of the target stays open as long as the hook lives. If we die, mount and connection stay with the
 //! holder's descriptors.
+//!
+//! Length: one type, and everything that is asked of a served mirror and its mount.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};

@@ -29,7 +29,10 @@ fn a_thousand_stand_ins_cost_one_descriptor_each() {
                 path: number.to_string().into_bytes(),
                 ..Adoption::default()
             };
-            let id = hook.mirror.adopt(original.into(), facts).unwrap();
+            let id = hook
+                .mirror
+                .adopt(std::os::fd::OwnedFd::from(original), facts)
+                .unwrap();
             stand_ins.push(hook.mirror.stand_in(hook.mount.as_fd(), id).unwrap());
         }
         // The originals were there before; what is new are the stand-ins, which end up in the target.
