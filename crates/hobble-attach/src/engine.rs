@@ -709,6 +709,10 @@ impl Engine {
             );
         fault_point::pass("recovering");
         let given = self.detach(force)?;
+        if let Some(legacy) = &self.legacy {
+            // What is left is served for as long as it is held.
+            legacy.set_deadline(0);
+        }
         self.board.edit(|status| {
             status.phase = Phase::Detached;
             status.not_covered.clone_from(&given.left);
