@@ -189,6 +189,8 @@ pub struct HandleInfo {
     pub class: Class,
     /// Its reads and writes come to the server.
     pub direct: bool,
+    /// It was opened with `O_NOFOLLOW`, as `F_GETFL` goes on to tell of a descriptor without a handle.
+    pub nofollow: bool,
 }
 
 /// Number of the private ioctl by which an open file of the hook says which one it is: `_IOR('h', 0x4f, [u64; 4])`. Answered to door threads only.
@@ -346,10 +348,12 @@ impl Mirror {
     pub fn stand_in(&self, mount: BorrowedFd<'_>, id: AdoptedId) -> io::Result<OwnedFd> {
         let inner = &self.inner;
         let adopted = inner.adopted(id)?;
-        let flags = mirrored(rustix::fs::fcntl_getfl(&*adopted.original)?);
+        let original = rustix::fs::fcntl_getfl(&*adopted.original)?;
+        let flags = mirrored(original);
         let is_path = flags.contains(OFlags::PATH);
         let flags = if is_path {
-            OFlags::PATH | OFlags::NOFOLLOW
+            // F_GETFL tells how it was opened. What was opened without it is no link.
+            OFlags::PATH | (original & OFlags::NOFOLLOW)
         } else {
             flags
         } | OFlags::CLOEXEC;
@@ -400,6 +404,7 @@ impl Mirror {
                 adopted: None,
                 class: Class::Opened,
                 direct: false,
+                nofollow: flags.contains(OFlags::NOFOLLOW),
             });
         }
         let identity = Identity::from_bytes(crate::sys::ioctl::identify(fuse, IDENTIFY)?);
@@ -416,6 +421,7 @@ impl Mirror {
             adopted: handle.adopted.as_ref().map(|adopted| adopted.id),
             class: handle.class(),
             direct: handle.direct,
+            nofollow: flags.contains(OFlags::NOFOLLOW),
         })
     }
 
@@ -432,9 +438,14 @@ impl Mirror {
                 .store
                 .get(info.node)
                 .ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))?;
+            let nofollow = if info.nofollow {
+                OFlags::NOFOLLOW
+            } else {
+                OFlags::empty()
+            };
             return inner
                 .store
-                .open(&node, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC)
+                .open(&node, OFlags::PATH | nofollow | OFlags::CLOEXEC)
                 .or_else(|error| {
                     // Unlinked, and held by nothing but a descriptor of ours.
                     inner.fd_of(&node).map_err(|_| error)?.try_clone()

@@ -38,6 +38,8 @@ pub enum Program {
     Locks,
     /// Tries to take somebody else's locks.
     Outsider,
+    /// One state of a live program, looked at step by step.
+    States,
     /// Threads on a pool of SQLite connections.
     SqlitePool,
     /// Timers, stops and the calls that the kernel does not restart.
@@ -101,6 +103,14 @@ impl Program {
             Program::Outsider => (
                 "outsider",
                 c(include_str!("../targets/outsider.c"), THREADS),
+            ),
+            Program::States => (
+                "states.py",
+                Build::Script {
+                    source: include_str!("../targets/states.py"),
+                    name: "states.py",
+                    interpreter: &["python3"],
+                },
             ),
             Program::SqlitePool => (
                 "sqlite_pool.py",
