@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use anyhow::{Context, Result, ensure};
 use hobble_e2e::{assert_unmounted, scene};
+use hobble_testkit::hobble::STEP;
 use hobble_testkit::program::Program;
 use hobble_testkit::target::{Target, text};
 use hobble_testkit::volume::Kind;
@@ -56,6 +57,14 @@ states! {
     stopped_child_and_zombie: "a stopped child, which stays stopped, and a zombie";
     no_new_privileges: "`no_new_privs`";
     namespace_of_its_own: "a child in a mount namespace of its own: no target, and unharmed";
+    blocked_calls: "threads in `nanosleep`, `clock_nanosleep`, `poll`, `epoll_wait`, `select`, a futex and a timed `recv`: no EINTR, none ends early";
+    futex_in_a_mapping: "processes that wait for a futex in a shared mapping of a file";
+    mappings_with_attributes: "mappings that are `PROT_NONE` in part, locked, not to be inherited or dumped, moved by `mremap`, cut by `munmap`";
+    thread_with_a_table_of_its_own: "a thread with a descriptor table of its own";
+    thread_with_a_directory_of_its_own: "a thread with a working directory of its own";
+    seccomp_filter: "a seccomp filter that kills for calls that an exchange makes";
+    user_namespace: "a child in a user namespace of its own";
+    pid_namespace: "a child in a pid namespace of its own";
     real_time_signals: "blocked real-time signals, each of which is there afterwards";
 }
 
@@ -115,6 +124,44 @@ fn is_not_noticed(state: &str) -> Result<()> {
     })
 }
 
+/// What would kill the target should Hobble die in the middle is not done: it is refused, and the target goes on as if nothing had been.
+#[test]
+fn seccomp_filter_without_recvmsg() -> Result<()> {
+    scene(Kind::Ext4, |hobble, volume| {
+        let mut target = Target::start(
+            Program::States,
+            [text(volume.path())?, "seccomp_filter_without_recvmsg"],
+        )?;
+        let mut injection = hobble.inject([
+            "--pid",
+            &target.pid().to_string(),
+            "--path",
+            text(volume.path())?,
+            "--no-rules",
+        ])?;
+        while injection.next_event(STEP)?.is_some() {}
+        let failed = injection.event("failed").context("it was attached")?;
+        ensure!(
+            failed.pointer("/rolled_back") == Some(&true.into()),
+            "{failed}"
+        );
+        let cause = failed.pointer("/cause").and_then(Value::as_str);
+        ensure!(
+            cause.is_some_and(|cause| cause.contains("seccomp")),
+            "{failed}"
+        );
+        for step in 2..=4 {
+            let seen = saw(&target.expect("step")?)?;
+            ensure!(
+                seen.pointer("/1") == Some(&"x".repeat(step).into()),
+                "{seen}"
+            );
+        }
+        assert_unmounted(&target.pid().to_string(), volume.path())?;
+        target.finish().map(drop)
+    })
+}
+
 /// With `UPDATE_DOCS=1` in the environment the document is written.
 #[test]
 fn the_document_is_made_from_this_list() -> Result<()> {
@@ -129,6 +176,10 @@ fn the_document_is_made_from_this_list() -> Result<()> {
     for Row { name, what } in ROWS {
         writeln!(document, "| {what} | `{name}` |")?;
     }
+    document.push_str(
+        "\nRefused, with the reason, and the target as it was: a seccomp filter that would kill the target for finishing what is begun in it, should Hobble die in the middle\n\
+        (`seccomp_filter_without_recvmsg`). Refused by pre-flight: a traced and a 32-bit target (`bad_input`).\n",
+    );
     if std::env::var_os("UPDATE_DOCS").is_some() {
         std::fs::write(path, &document)?;
     }

@@ -481,6 +481,229 @@ def real_time_signals():
         sent -= 200 - waiting
 
 
+def until_stopped(work):
+    """Runs work on a thread until the returned function is called."""
+    stop = threading.Event()
+
+    def run():
+        while not stop.is_set():
+            work()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+
+    def end():
+        stop.set()
+        thread.join()
+
+    return end
+
+
+def blocked_calls():
+    """By ctypes, which does not hide an EINTR as Python's own functions do."""
+    milliseconds = 150
+    span = (ctypes.c_long * 2)(0, milliseconds * 1000000)
+    epoll = libc.epoll_create1(0)
+    events = ctypes.create_string_buffer(64)
+    word = ctypes.c_uint32(0)
+    sleeper, _peer = socket.socketpair()
+    sleeper.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, milliseconds * 1000))
+    # What each is to return after its time: the result and the error.
+    calls = {
+        "nanosleep": (lambda: libc.nanosleep(span, None), 0, 0),
+        "clock_nanosleep": (lambda: libc.clock_nanosleep(1, 0, span, None), 0, 0),
+        "poll": (lambda: libc.poll(None, 0, milliseconds), 0, 0),
+        "epoll_wait": (lambda: libc.epoll_wait(epoll, events, 1, milliseconds), 0, 0),
+        "select": (lambda: libc.select(0, None, None, None, (ctypes.c_long * 2)(0, milliseconds * 1000)), 0, 0),
+        "futex": (lambda: libc.syscall(202, ctypes.byref(word), 0, 0, span, None, 0), -1, errno.ETIMEDOUT),
+        "recv": (lambda: libc.recv(sleeper.fileno(), events, 1, 0), -1, errno.EAGAIN),
+    }
+    wrong, done = [], dict.fromkeys(calls, 0)
+
+    def blocked(name, call, result, error):
+        def once():
+            ctypes.set_errno(0)
+            begun = time.monotonic()
+            got = call()
+            took = time.monotonic() - begun
+            failed = ctypes.get_errno() if got == -1 else 0
+            if (got, failed) != (result, error):
+                wrong.append(f"{name}: {got} {errno.errorcode.get(failed)}")
+            # The kernel's clock ticks are not finer.
+            if took < milliseconds / 1000 - 0.005:
+                wrong.append(f"{name} ended after {took:.3f} s")
+            done[name] += 1
+        return once
+
+    ends = [until_stopped(blocked(name, *call)) for name, call in calls.items()]
+    for _ in range(4):
+        time.sleep(0.4)
+        yield sorted(set(wrong)), all(count > 0 for count in done.values())
+    for end in ends:
+        end()
+
+
+def futex_in_a_mapping():
+    """Waiters from before an exchange are woken by whoever wakes after it."""
+    write("file", "\0" * 4096)
+    fd = os.open("file", os.O_RDWR)
+    memory = mmap.mmap(fd, 4096)
+    word = ctypes.c_uint32.from_buffer(memory)
+
+    def work(into):
+        for _ in range(3):
+            os.write(into, b"w")
+            span = (ctypes.c_long * 2)(10, 0)
+            woken = libc.syscall(202, ctypes.byref(word), 0, word.value, span, None, 0)
+            os.write(into, b"." if woken == 0 or ctypes.get_errno() == errno.EAGAIN else b"!")
+
+    _, out = fork(work)
+    os.read(out, 1)
+    time.sleep(0.05)
+    yield "waiting"
+    for _ in range(3):
+        word.value += 1
+        woken = libc.syscall(202, ctypes.byref(word), 1, 10, None, None, 0)
+        said = os.read(out, 1).decode()
+        time.sleep(0.05)
+        yield woken, said
+
+
+def mappings_with_attributes():
+    write("file", "x" * 4096 * 16)
+    fd = os.open("file", os.O_RDWR)
+    libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
+    for call in (libc.mprotect, libc.madvise, libc.mlock, libc.munmap):
+        call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int][:2 if call in (libc.mlock, libc.munmap) else 3]
+
+    def mapped(pages, shared=True):
+        return libc.mmap(None, pages * 4096, 3, 1 if shared else 2, fd, 0)
+
+    guarded, locked, kept, moved, cut = mapped(2), mapped(1), mapped(2, False), mapped(2), mapped(3)
+    libc.mprotect(guarded, 4096, 0)
+    libc.mlock(locked, 4096)
+    for advice in (10, 16, 18 + 0):
+        # MADV_DONTFORK, MADV_DONTDUMP; MADV_WIPEONFORK is for anonymous memory and refused.
+        libc.madvise(kept, 4096, advice)
+    moved = libc.mremap(moved, 2 * 4096, 8 * 4096, 1)
+    libc.munmap(cut + 4096, 4096)
+
+    def flags():
+        seen, current = [], None
+        for line in read("/proc/self/smaps").splitlines():
+            if "VmFlags" in line and current:
+                seen.append((current, sorted(set(line.split()[1:]) - {"sd", "mr"})))
+            elif line[:1] in "0123456789abcdef" and "-" in line.split()[0]:
+                fields = line.split()
+                low, high = (int(number, 16) for number in fields[0].split("-"))
+                current = [fields[1], (high - low) // 4096, int(fields[2], 16)] if fields[-1].endswith("/file") else None
+        return sorted(seen)
+
+    for step in range(4):
+        ctypes.memset(moved + step, 65 + step, 1)
+        ctypes.memset(cut, 97 + step, 1)
+        yield flags(), ctypes.string_at(moved, 8).decode(), ctypes.string_at(cut, 1).decode(), read("file")[:8]
+
+
+def thread_with_a_table_of_its_own():
+    ask, asked, answer = threading.Event(), [], threading.Semaphore(0)
+
+    def run():
+        # CLONE_FILES
+        libc.unshare(0x400)
+        fd = os.open("own", os.O_RDWR | os.O_CREAT)
+        while True:
+            ask.wait()
+            ask.clear()
+            os.write(fd, b"o")
+            asked.append((os.pread(fd, 10, 0).decode(), os.fstat(fd).st_size))
+            answer.release()
+
+    threading.Thread(target=run, daemon=True).start()
+    for step in range(4):
+        shared = os.open(f"shared-{step}", os.O_RDWR | os.O_CREAT)
+        ask.set()
+        answer.acquire()
+        yield asked[-1], os.write(shared, b"s"), read(f"shared-{step}")
+
+
+def thread_with_a_directory_of_its_own():
+    os.mkdir("below")
+    ask, asked, answer = threading.Event(), [], threading.Semaphore(0)
+
+    def run():
+        # CLONE_FS
+        libc.unshare(0x200)
+        os.chdir("below")
+        while True:
+            ask.wait()
+            ask.clear()
+            write(f"file-{len(asked)}", "x")
+            asked.append((os.path.basename(os.getcwd()), sorted(os.listdir("."))))
+            answer.release()
+
+    threading.Thread(target=run, daemon=True).start()
+    for _ in range(4):
+        ask.set()
+        answer.acquire()
+        yield asked[-1], sorted(os.listdir("."))
+
+
+def filtered_by_seccomp(forbidden):
+    """The process is killed for system calls of these numbers."""
+    code = [struct.pack("HBBI", 0x20, 0, 0, 0)]
+    code += [struct.pack("HBBI", 0x15, len(forbidden) - at, 0, number) for at, number in enumerate(forbidden)]
+    code += [struct.pack("HBBI", 0x06, 0, 0, 0x7fff0000), struct.pack("HBBI", 0x06, 0, 0, 0x80000000)]
+    program = ctypes.create_string_buffer(b"".join(code))
+    write("file", "")
+    fd = os.open("file", os.O_RDWR | os.O_APPEND)
+    libc.prctl(38, 1, 0, 0, 0)
+    filtered = libc.prctl(22, 2, ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(code), ctypes.addressof(program))), 0, 0)
+    for _ in range(4):
+        os.write(fd, b"x")
+        yield filtered, read("file"), "Seccomp:\t2" in read("/proc/self/status")
+
+
+def seccomp_filter():
+    # socketpair, socket
+    yield from filtered_by_seccomp((53, 41))
+
+
+def seccomp_filter_without_recvmsg():
+    yield from filtered_by_seccomp((47,))
+
+
+def child_with_namespaces(flags):
+    def work(into):
+        libc.unshare(flags)
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            return
+        fd = os.open("file", os.O_RDWR | os.O_APPEND)
+        for number in range(100):
+            os.write(fd, b"x")
+            os.write(into, b"." if os.fstat(fd).st_size == number + 1 and len(read("file")) == number + 1 else b"!")
+            time.sleep(0.02)
+
+    write("file", "")
+    os.chmod("file", 0o666)
+    _, out = fork(work)
+    for _ in range(4):
+        time.sleep(0.1)
+        yield set(os.read(out, 4096).decode()) == {"."}
+
+
+def user_namespace():
+    yield from child_with_namespaces(0x10000000)
+
+
+def pid_namespace():
+    yield from child_with_namespaces(0x20000000)
+
+
 def posix_lock_waited_for():
     yield from lock_waited_for("posix")
 
