@@ -62,7 +62,7 @@ states! {
     mappings_with_attributes: "mappings that are `PROT_NONE` in part, locked, not to be inherited or dumped, moved by `mremap`, cut by `munmap`";
     thread_with_a_table_of_its_own: "a thread with a descriptor table of its own";
     thread_with_a_directory_of_its_own: "a thread with a working directory of its own";
-    seccomp_filter: "a seccomp filter that kills for calls that an exchange makes";
+    seccomp_filter: "a seccomp filter that kills";
     user_namespace: "a child in a user namespace of its own";
     pid_namespace: "a child in a pid namespace of its own";
     real_time_signals: "blocked real-time signals, each of which is there afterwards";
