@@ -594,7 +594,11 @@ impl Census {
     /// called while the processes run.
     pub fn prepare_rescan(&mut self, reserve: usize) {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-        let used = std::fs::read_dir("/proc/self/fd").map_or(usize::MAX, Iterator::count);
+        let numbers = || {
+            let entries = std::fs::read_dir("/proc/self/fd").into_iter().flatten();
+            entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok())
+        };
+        let used = numbers().count();
         let limit = limit.map_or(usize::MAX, |limit| {
             usize::try_from(limit).unwrap_or(usize::MAX)
         });
@@ -611,6 +615,16 @@ impl Census {
             let infos = slots::Infos::open(*member, descriptors, most);
             most = most.saturating_sub(infos.len());
             self.prepared.insert(table.id, infos);
+        }
+        // To enlarge our own table, which others share, takes a grace period of RCU (fs/file.c, `expand_fdtable`): now, and not while the target stands still.
+        let highest = numbers().max().unwrap_or(0);
+        let reserve = i32::try_from(reserve).unwrap_or(i32::MAX);
+        let last = i32::try_from(limit).unwrap_or(i32::MAX) - 1;
+        let room = highest.saturating_add(reserve).min(last);
+        if let Some(description) = self.descriptions().next()
+            && let Err(errno) = rustix::io::fcntl_dupfd_cloexec(&description.kept, room)
+        {
+            tracing::debug!(%errno, room, "our descriptor table is enlarged when it has to be");
         }
     }
 
