@@ -77,7 +77,7 @@ pub enum EventKind {
     Resumed {},
     /// What the rules in force do not see of the target has changed.
     NotCovered(Uncovered),
-    /// The server was killed and another has taken over, with every file, lock and request: no operation of the target has failed for it.
+    /// The server was killed and another has taken over, with its files, locks and requests.
     TakenOver(TakenOver),
     /// Recovery has begun; no fault happens from now on.
     Recovering {

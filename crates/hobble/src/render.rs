@@ -40,7 +40,7 @@ pub(crate) fn event(event: &Event) -> Vec<Line> {
         EventKind::Paused {} => vec![Line::plain("paused: no rule is in force")],
         EventKind::Resumed {} => vec![Line::plain("resumed")],
         EventKind::TakenOver(taken) => vec![Line::Warning(format!(
-            "the server was killed; process {} has taken over after {}, and no operation has failed for it: {}",
+            "the server was killed; process {} has taken over after {}: {}",
             taken.server_pid,
             micros(taken.gap_us),
             if taken.goes_on {
